@@ -1,0 +1,3 @@
+"""DAX: Diffusion Accelerated eXecution."""
+
+__version__ = "0.1.0"
