@@ -2,8 +2,8 @@
 
     python -m training.tiny_wan.transformer --vae build/vae --out build --seconds 900 [--resume build/state.pt]
 
-Rectified flow with velocity target v = noise - x0 at x = (1 - sigma) x0 + sigma noise; one caption in ten is dropped, so
-that guidance works. Text encoder and transformer are the classes of transformers and diffusers; averaged weights are
+Rectified flow with velocity target v = noise - x0 at x = (1 - sigma) x0 + sigma noise; one caption in ten is dropped,
+so that guidance works. Text encoder and transformer are the classes of transformers and diffusers; averaged weights are
 saved. The 490-odd padding tokens of a 512-token prompt are all alike, so training keeps one of them and adds the log of
 their number to its attention logit: the same function at a tenth of the cost.
 """
