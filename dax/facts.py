@@ -1,0 +1,221 @@
+"""What a model is: one family as data, enough to cost it, check it and build it, without torch.
+
+`FACTS` holds the models DAX knows by name; `facts_from_config` reads the same facts from a diffusers folder's JSON and
+refuses every family DAX does not know, before a weight is read.
+"""
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from dax.errors import DaxError, nearest
+
+SUPPORTED = "Wan2.1 text-to-video (WanPipeline with one 16-channel WanTransformer3DModel)"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The request a model is meant for. Pixels, frames, frames per second."""
+
+    height: int
+    width: int
+    num_frames: int
+    steps: int = 50
+    guidance_scale: float = 5.0
+    flow_shift: float = 3.0
+    fps: int = 16
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A text-to-video diffusion transformer and its surroundings. Names follow the diffusers config.
+
+    `patch` is (time, height, width) in latent cells; `vae_temporal` and `vae_spatial` are pixels per latent cell.
+    """
+
+    name: str
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    ffn_dim: int
+    defaults: Defaults
+    text_dim: int = 4096
+    freq_dim: int = 256
+    in_channels: int = 16
+    out_channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    cross_attn_norm: bool = True
+    rope_max_seq_len: int = 1024
+    vae_temporal: int = 4
+    vae_spatial: int = 8
+    text_tokens: int = 512
+    family: str = "wan-t2v"
+    pipeline_class: str = "WanPipeline"
+    transformer_class: str = "WanTransformer3DModel"
+
+    @property
+    def width(self) -> int:
+        """C = H * D."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels must be multiples of this."""
+        return self.vae_spatial * max(self.patch[1:])
+
+    def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
+        """(channels, frames, rows, columns) of the latent video."""
+        frames = (num_frames - 1) // self.vae_temporal + 1
+        return self.in_channels, frames, height // self.vae_spatial, width // self.vae_spatial
+
+    def tokens(self, height: int, width: int, num_frames: int) -> int:
+        """S: tokens of one video of that size, one per patch of latent cells."""
+        cells = self.latent_shape(height, width, num_frames)[1:]
+        return prod(cell // step for cell, step in zip(cells, self.patch, strict=True))
+
+    @property
+    def num_block_parameters(self) -> int:
+        """Parameters of one block: two attentions, the feed-forward, the norms and the modulation table."""
+        C, F = self.width, self.ffn_dim
+        attention = 4 * (C * C + C) + 2 * C  # q k v o with bias, RMS norms of q and k
+        return 2 * attention + (C * F + F) + (F * C + C) + 2 * C * self.cross_attn_norm + 6 * C
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the transformer alone."""
+        C, cells = self.width, prod(self.patch)
+        patches = self.in_channels * cells * C + C
+        time = (self.freq_dim * C + C) + (C * C + C) + (C * 6 * C + 6 * C)
+        text = (self.text_dim * C + C) + (C * C + C)
+        head = C * self.out_channels * cells + self.out_channels * cells + 2 * C
+        return patches + time + text + head + self.num_layers * self.num_block_parameters
+
+    def transformer_config(self) -> dict[str, Any]:
+        """The keyword arguments of the vendor's transformer class that build this model."""
+        return {
+            "patch_size": self.patch,
+            "num_attention_heads": self.num_heads,
+            "attention_head_dim": self.head_dim,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "text_dim": self.text_dim,
+            "freq_dim": self.freq_dim,
+            "ffn_dim": self.ffn_dim,
+            "num_layers": self.num_layers,
+            "cross_attn_norm": self.cross_attn_norm,
+            "eps": self.eps,
+            "rope_max_seq_len": self.rope_max_seq_len,
+        }
+
+
+FACTS = {
+    facts.name: facts
+    for facts in (
+        Facts("tiny", 4, 3, 128, 1024, Defaults(128, 128, 17, guidance_scale=4.0, fps=8), text_dim=192),
+        Facts("wan2.1-t2v-1.3b", 30, 12, 128, 8960, Defaults(480, 832, 81)),
+        Facts("wan2.1-t2v-14b", 40, 40, 128, 13824, Defaults(720, 1280, 81, flow_shift=5.0)),
+    )
+}
+
+
+def facts_named(name: str) -> Facts:
+    """The facts of a model DAX knows by name. DaxError("bad_request") names the nearest."""
+    if name not in FACTS:
+        raise DaxError("bad_request", f"unknown model name {name!r}{nearest(name, FACTS)}")
+    return FACTS[name]
+
+
+def facts_from_config(model_index: dict | None, transformer_config: dict) -> Facts:
+    """Facts of a diffusers folder, from `model_index.json` (None for a bare transformer) and the transformer's config.
+
+    A key the config leaves out has the vendor's default, as it has when diffusers loads it.
+    DaxError("bad_model") for another family, a variant DAX does not know, or an impossible value.
+    """
+    if model_index is not None:
+        check_model_index(model_index)
+    config = check_mapping(transformer_config, "transformer/config.json")
+    check_class(config, "transformer/config.json", "WanTransformer3DModel")
+    for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+        if config.get(key) is not None:
+            refuse(f"transformer/config.json: {key} = {config[key]!r} means image-to-video")
+    if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
+        refuse(f"transformer/config.json: qk_norm = {config['qk_norm']!r}")
+
+    def number(key: str, default: int, most: int) -> int:
+        value = config.get(key, default)
+        if type(value) is not int or not 0 < value <= most:
+            raise DaxError(
+                "bad_model", f"transformer/config.json: {key} = {value!r} must be a whole number from 1 to {most}"
+            )
+        return value
+
+    for key in ("in_channels", "out_channels"):
+        channels = config.get(key, 16)
+        if channels is None and key == "out_channels":
+            continue
+        if number(key, 16, 4096) != 16:
+            refuse(f"transformer/config.json: {key} = {channels}{' means image-to-video' if channels == 36 else ''}")
+    patch = config.get("patch_size", [1, 2, 2])
+    if not isinstance(patch, list | tuple) or list(patch) != [1, 2, 2]:
+        refuse(f"transformer/config.json: patch_size = {patch!r}")
+    eps = config.get("eps", 1e-6)
+    if type(eps) not in (int, float) or not 0 < eps < 1:
+        raise DaxError("bad_model", f"transformer/config.json: eps = {eps!r} must be a small positive number")
+    head_dim = number("attention_head_dim", 128, 1024)
+    if head_dim % 2:
+        raise DaxError("bad_model", f"transformer/config.json: attention_head_dim = {head_dim} must be even")
+    cross_attn_norm = config.get("cross_attn_norm", True)
+    if type(cross_attn_norm) is not bool:
+        raise DaxError("bad_model", f"transformer/config.json: cross_attn_norm = {cross_attn_norm!r} must be true or false")
+    facts = Facts(
+        name="",
+        num_layers=number("num_layers", 40, 1000),
+        num_heads=number("num_attention_heads", 40, 1000),
+        head_dim=head_dim,
+        ffn_dim=number("ffn_dim", 13824, 1_000_000),
+        text_dim=number("text_dim", 4096, 100_000),
+        freq_dim=number("freq_dim", 256, 100_000),
+        eps=eps,
+        cross_attn_norm=cross_attn_norm,
+        rope_max_seq_len=number("rope_max_seq_len", 1024, 1_000_000),
+        defaults=FACTS["wan2.1-t2v-1.3b"].defaults,
+    )
+    for known in FACTS.values():
+        if replace(facts, name=known.name, defaults=known.defaults, rope_max_seq_len=known.rope_max_seq_len) == known:
+            return replace(known, rope_max_seq_len=facts.rope_max_seq_len)
+    return replace(facts, name=f"wan-t2v-{facts.num_layers}x{facts.width}")
+
+
+def check_model_index(model_index: dict) -> None:
+    """Refuse a pipeline that is not plain Wan text-to-video, by what its index says alone."""
+    index = check_mapping(model_index, "model_index.json")
+    check_class(index, "model_index.json", "WanPipeline")
+    for key, value in index.items():
+        if key.startswith("_"):
+            continue
+        if key == "transformer_2" and value not in (None, [None, None]):
+            refuse("model_index.json: transformer_2 means Wan2.2 with two experts")
+        if key == "boundary_ratio" and value is not None:
+            refuse(f"model_index.json: boundary_ratio = {value!r} means Wan2.2 with two experts")
+        if key == "expand_timesteps" and value:
+            refuse("model_index.json: expand_timesteps means Wan2.2 TI2V-5B")
+    component = index.get("transformer")
+    if component is not None and list(component) != ["diffusers", "WanTransformer3DModel"]:
+        refuse(f"model_index.json: transformer = {component!r}")
+
+
+def check_mapping(value: Any, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise DaxError("bad_model", f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def check_class(config: dict, where: str, wanted: str) -> None:
+    name = config.get("_class_name")
+    if name != wanted:
+        refuse(f"{where}: _class_name = {name!r}")
+
+
+def refuse(what: str) -> None:
+    raise DaxError("bad_model", f"{what}: not supported; supported: {SUPPORTED}")

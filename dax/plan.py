@@ -1,0 +1,199 @@
+"""What is wanted: one frozen Plan, the same in Python, YAML, the command line and clip metadata.
+
+A plan is built from layers, lowest first (preset, file, --set, flag); every leaf remembers which layer gave its value.
+Nothing unknown, ambiguous or contradictory passes: each refusal is a DaxError("bad_request") that names the place.
+A key of the contract whose feature is not built yet is refused by name, so an old plan never means something else later.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dax.errors import DaxError, nearest
+from dax.plan_file import parse_scalar, read_yaml
+
+DEFAULT_PRESET = "exact"
+PLANS = Path(__file__).parent / "plans"
+NOT_YET_PRESETS = ("balanced", "fast", "original")
+NOT_YET_KEYS = ("linear", "blocks", "cache", "parallel", "offload")  # the whole part; its sub-keys too
+NOT_YET_VALUES = {("attention.kernel", "int8")}
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Attention(Part):
+    kernel: Literal["auto", "sdpa", "cudnn", "flash", "sage"] = "auto"
+
+
+class Plan(Part):
+    """How a model is to be run. Frozen and hashable; `Plan()` is the preset `exact`."""
+
+    attention: Attention = Attention()
+    compile: Literal["none", "blocks"] = "none"
+
+    @classmethod
+    def load(cls, name_or_path: "str | Path | Plan") -> "Plan":
+        """A preset by name, or a YAML file by path. DaxError("bad_request") names the file and line."""
+        if isinstance(name_or_path, Plan):
+            return name_or_path
+        return cls.from_layers([plan_layer(name_or_path)])[0]
+
+    @classmethod
+    def from_layers(cls, layers: list[tuple[str, dict]]) -> "tuple[Plan, dict[str, str]]":
+        """Merge (source, values) layers, lowest precedence first, into a Plan and {key: source}.
+
+        `values` may be nested ({"attention": {"kernel": "sdpa"}}), dotted ({"attention.kernel": "sdpa"}) or both.
+        One source that gives a key two different values contradicts itself and is refused.
+        """
+        leaves: dict[str, Any] = {}
+        provenance = dict.fromkeys(plan_keys(), "default")
+        for source, values in layers:
+            given = flatten(values, source)
+            check_keys(given, source)
+            for key, value in given.items():
+                if key in leaves and provenance[key] == source and leaves[key] != value:
+                    raise DaxError(
+                        "bad_request", f"{source} sets {key} to both {leaves[key]!r} and {value!r}: keep one of them"
+                    )
+                leaves[key], provenance[key] = value, source
+        nested: dict[str, Any] = {}
+        for key, value in leaves.items():
+            check_value(key, value, provenance[key])
+            *parents, last = key.split(".")
+            part = nested
+            for parent in parents:
+                part = part.setdefault(parent, {})
+            part[last] = value
+        try:
+            return cls.model_validate(nested), provenance
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            where = provenance.get(key, "plan")
+            raise DaxError("bad_request", f"{where}: {key} = {first['input']!r}: {first['msg']}") from None
+
+    def to_yaml(self) -> str:
+        import yaml
+
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+    def save(self, path: "str | Path") -> None:
+        """Write the plan as YAML that `Plan.load` reads back. DaxError("cannot_write") if the path cannot be written."""
+        try:
+            Path(path).write_text(self.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise DaxError("cannot_write", f"plan file {path}: {error.strerror}") from None
+
+    def hash(self) -> str:
+        """sha256 (hex) of the canonical JSON of the plan."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def leaves(self) -> dict[str, Any]:
+        """{"attention.kernel": "auto", "compile": "none"}: every key with its value."""
+        return {key: self[key] for key in plan_keys()}
+
+    def __getitem__(self, key: str) -> Any:
+        value: Any = self
+        for name in key.split("."):
+            value = getattr(value, name)
+        return value
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the presets that exist."""
+    return tuple(sorted(path.stem for path in PLANS.glob("*.yaml")))
+
+
+def plan_keys(part: type[BaseModel] = Plan, prefix: str = "") -> tuple[str, ...]:
+    """Every leaf of the Plan in dotted form, in order."""
+    keys: list[str] = []
+    for name, field in part.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += plan_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return tuple(keys)
+
+
+def plan_layer(name_or_path: "str | Path") -> tuple[str, dict]:
+    """(source, values) of a preset ("preset exact") or a plan file ("file x.yaml"), for Plan.from_layers."""
+    name = str(name_or_path)
+    if name in presets():
+        return f"preset {name}", read_yaml(PLANS / f"{name}.yaml")
+    if name in NOT_YET_PRESETS:
+        raise DaxError(
+            "bad_request", f"preset {name!r} is not available in this version; available: {', '.join(presets())}"
+        )
+    if isinstance(name_or_path, str) and "/" not in name and not name.endswith((".yaml", ".yml")):
+        if not Path(name).exists():
+            raise DaxError("bad_request", f"unknown plan {name!r}{nearest(name, presets())}")
+    return f"file {name}", read_yaml(Path(name))
+
+
+def parse_set(text: str) -> dict[str, Any]:
+    """`attention.kernel=sdpa` -> {"attention.kernel": "sdpa"}; the value is read as a YAML scalar."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip() or not value.strip():
+        raise DaxError("bad_request", f"--set {text!r}: write it as key=value, for example attention.kernel=sdpa")
+    return {key.strip(): parse_scalar(value.strip(), f"--set {text}")}
+
+
+def flatten(values: Any, source: str, prefix: str = "") -> dict[str, Any]:
+    """Nested or dotted mapping -> {dotted key: value}. An empty part adds nothing."""
+    if not isinstance(values, dict):
+        raise DaxError("bad_request", f"{source}: a plan is a mapping of keys, not {type(values).__name__}")
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        inner = flatten(value, source, f"{key}.") if isinstance(value, dict) else {key: value}
+        for leaf, leaf_value in inner.items():
+            if leaf in leaves and leaves[leaf] != leaf_value:
+                raise DaxError(
+                    "bad_request", f"{source} sets {leaf} to both {leaves[leaf]!r} and {leaf_value!r}: keep one of them"
+                )
+            leaves[leaf] = leaf_value
+    return leaves
+
+
+def check_keys(leaves: dict[str, Any], source: str) -> None:
+    """Refuse unknown keys with the nearest known one, and keys that are not built yet by name (all at once)."""
+    known = plan_keys()
+    not_yet = [key for key in leaves if key.split(".")[0] in NOT_YET_KEYS]
+    if not_yet:
+        named = ", ".join(f"{key} = {leaves[key]!r}" for key in not_yet)
+        raise DaxError("bad_request", f"{source}: {named}: not available in this version; available: {', '.join(known)}")
+    for key in leaves:
+        if key in known:
+            continue
+        parts = [name for name in {k.split(".")[0] for k in known} if name == key]
+        if parts:
+            wanted = [k for k in known if k.startswith(f"{key}.")]
+            raise DaxError("bad_request", f"{source}: {key!r} is a group of keys: write {' or '.join(wanted)}")
+        raise DaxError("bad_request", f"{source}: unknown plan key {key!r}{nearest(key, known)}")
+
+
+def check_value(key: str, value: Any, source: str) -> None:
+    """Refuse a value that is not one of the key's choices, with the nearest one."""
+    if (key, value) in NOT_YET_VALUES:
+        raise DaxError("bad_request", f"{source}: {key} = {value!r} is not available in this version")
+    choices = plan_choices(key)
+    if value not in choices or not isinstance(value, str):
+        hint = nearest(value, choices) if isinstance(value, str) else f"; known: {', '.join(choices)}"
+        raise DaxError("bad_request", f"{source}: {key} = {value!r} is not known{hint}")
+
+
+def plan_choices(key: str) -> tuple[str, ...]:
+    """The values a key of literals accepts."""
+    part: Any = Plan
+    *parents, last = key.split(".")
+    for parent in parents:
+        part = part.model_fields[parent].annotation
+    return part.model_fields[last].annotation.__args__
+
