@@ -215,7 +215,7 @@ def checked_size(facts: Facts, size: tuple[int | None, int | None, int | None]) 
         if pixels <= 0 or pixels % facts.size_multiple:
             raise DaxError("bad_request", f"{name} {pixels}: must be a positive multiple of {facts.size_multiple}")
     if num_frames <= 0 or (num_frames - 1) % facts.vae_temporal:
-        raise DaxError("bad_request", f"--num-frames {num_frames}: must be 1 more than a multiple of {facts.vae_temporal}")
+        raise DaxError("bad_request", f"--num-frames {num_frames}: must be a multiple of {facts.vae_temporal} plus 1")
     return Size(height, width, num_frames)
 
 

@@ -1,4 +1,4 @@
-"""`dax bench forward`: a whole transformer forward, embeddings and head included, on seeded Gaussian latents and text."""
+"""`dax bench forward`: a whole forward of the transformer, embeddings and head included, on seeded Gaussian inputs."""
 
 from dax.bench import roofline
 from dax.bench.contest import Size

@@ -1,7 +1,7 @@
 """What is timed against what: stock diffusers in its known arrangements, and DAX under any plan.
 
-Every row runs on a twin of one model: new modules, the same tensors. So rows differ in how they run and in nothing else,
-and can take turns in one process. A row says how far its result may lie from the eager one.
+Every row runs on a twin of one model: new modules, the same tensors. So rows differ in how they run and in nothing
+else, and can take turns in one process. A row says how far its result may lie from the eager one.
 """
 
 import copy
@@ -41,7 +41,7 @@ RIVALS = {
         Row("fa3", "diffusers eager, FlashAttention-3", "_flash_3"),
         Row("compiled-fa3", "diffusers compiled blocks, FlashAttention-3", "_flash_3", True),
         Row("sage", "diffusers eager, SageAttention", "sage", limit=EIGHT_BITS),
-        Row("compiled-sage", "diffusers compiled blocks (graph breaks), SageAttention", "sage", True, False, EIGHT_BITS),
+        Row("compiled-sage", "diffusers compiled (graph breaks), SageAttention", "sage", True, False, EIGHT_BITS),
     )
 }
 DEFAULT_ROWS = ("eager", "compiled-cudnn", "fa3", "compiled-fa3", "sage", "compiled-sage")
@@ -49,7 +49,7 @@ NEEDS_CUDA = ("_native_cudnn", "_flash_3", "sage")
 
 
 def rows_named(text: str | None, plans: list[str]) -> list[Row]:
-    """The rows of `--rows a,b` (None: the usual ones) and one per `--plan`. DaxError("bad_request") names the nearest."""
+    """The rows of `--rows a,b` (None: the usual ones) and one per `--plan`. DaxError("bad_request") if unknown."""
     names = DEFAULT_ROWS if text is None else [name.strip() for name in text.split(",") if name.strip()]
     rows: dict[str, Row] = {}
     for name in names:
@@ -73,7 +73,7 @@ def plan_row(name_or_path: str) -> Row:
 
 
 def twin(model):
-    """A copy of the module tree that shares every parameter and buffer with the original. Costs no memory worth naming."""
+    """A copy of the module tree that shares every parameter and buffer with the original, so it costs no memory."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)
 
@@ -100,7 +100,7 @@ def arrange(model, row: Row, device: str) -> tuple[object, str | None]:
 
 @contextmanager
 def backends_restored():
-    """A context in which rows may pick attention backends; diffusers' process-wide default and log level return after it."""
+    """Rows may pick attention backends inside; diffusers' process-wide default and its log level come back after."""
     from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
     from diffusers.utils import logging
 

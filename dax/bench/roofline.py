@@ -1,8 +1,8 @@
 """What a Wan forward costs on paper: operations, FLOPs and bytes from Facts and a size alone, no torch.
 
-Each operation is bound by arithmetic or by traffic; its time on a machine is the larger of the two. A multiply-add is two
-FLOPs. `U` is one activation of the video, S tokens of C channels. Elementwise traffic is given twice: as stock diffusers
-moves it (every intermediate goes to memory) and with each group of neighbours fused, which is what a compiler reaches.
+Each operation is bound by arithmetic or by traffic; its time on a machine is the larger of the two. A multiply-add is
+two FLOPs. `U` is one activation of the video, S tokens of C channels. Elementwise traffic is given twice: as stock
+diffusers moves it (every intermediate goes to memory) and with neighbours fused, which is what a compiler reaches.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def gemm(name: str, rows: int, inner: int, columns: int, dtype: str = "bf16", co
 
 
 def attention(name: str, queries: int, keys: int, width: int, dtype: str = "bf16", count: int = 1) -> Operation:
-    """softmax(q k^T) v over all heads at once: 4 x queries x keys x width FLOPs, q k v read once, the output written."""
+    """softmax(q k^T) v over all heads: 4 x queries x keys x width FLOPs; q, k, v read once, the output written."""
     size = 1 if dtype in ("int8", "fp8") else 2
     moved = size * (queries + 2 * keys) * width + 2 * queries * width
     return Operation(name, "attention", 4 * queries * keys * width, moved, moved, dtype, count)
@@ -58,7 +58,7 @@ def block_operations(
     """One transformer block over `tokens` tokens at batch 1, `count` times over, in the order it runs.
 
     The elementwise rows count every read and write of the stock block, in units of U = 2 S C bytes. Fused, a group that
-    spans two rows (a gate and the norm after it) is booked on the later one; the last gate on the norm that opens a block.
+    spans two rows (a gate and the norm after it) is booked on the later one, the last gate on the next norm1.
     """
     S, C, F, T = tokens, facts.width, facts.ffn_dim, facts.text_tokens
     U = 2 * S * C
@@ -139,7 +139,7 @@ def weight_bytes(facts: Facts, num_layers: int | None = None) -> int:
 
 
 def activation_bytes(facts: Facts, tokens: int) -> int:
-    """Bytes alive at the peak of a stock block: 8 U, at the gates and around the GELU whichever is larger. An estimate."""
+    """Bytes alive at the peak of a stock block: at a gate or around the GELU, whichever is larger. An estimate."""
     U = 2 * tokens * facts.width
     gate = 8 * U  # residual, branch output, and three fp32 intermediates of 2 U
     gelu = 2 * U + 2 * 2 * tokens * facts.ffn_dim  # residual, normed input, GELU's input and output

@@ -29,7 +29,7 @@ class Reading:
 
 @dataclass
 class Timing:
-    """Milliseconds per call. `visits` are the medians of each visit, so drift shows; `count` calls stand behind them."""
+    """Milliseconds per call. `visits` are the medians of each visit, so that drift shows; `count` calls in all."""
 
     ms: float
     low_ms: float
@@ -47,7 +47,7 @@ def measure(
     timed_s: float = TIMED_S,
     rounds: int = ROUNDS,
 ) -> dict[str, Timing]:
-    """Time every variant, taking turns: `rounds` visits of `warm_up_s` unmeasured, then `timed_s / rounds` measured seconds.
+    """Time every variant, taking turns: `rounds` visits of `warm_up_s` unmeasured and `timed_s / rounds` measured s.
 
     A variant must be ready (compiled, checked) when it comes here. Calls too short for the clock are timed in groups of
     at least a millisecond. The figure is the median over all visits.
@@ -68,9 +68,7 @@ def measure(
         flat = sorted(ms for visit in samples[name] for ms in visit)
         group_s = counts[name] / len(flat) * sum(flat) / 1e3
         visits = [median(visit) for visit in samples[name]]
-        result[name] = Timing(
-            median(flat), flat[0], flat[-1], visits, counts[name], group_s, summarise(readings[name])
-        )
+        result[name] = Timing(median(flat), flat[0], flat[-1], visits, counts[name], group_s, summarise(readings[name]))
     return result
 
 

@@ -18,7 +18,7 @@ def command(
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
     num_frames: Annotated[int | None, typer.Option(help="frames of the video")] = None,
     layers: Annotated[
-        int | None, typer.Option("--layers", "--num-blocks", help="blocks to build; default 4 for block, all for forward")
+        int | None, typer.Option("--layers", "--num-blocks", help="blocks to build (4 for block, all for forward)")
     ] = None,
     rows: Annotated[str | None, typer.Option(help="rivals to time, as in eager,compiled-cudnn,fa3,sage")] = None,
     plan: Annotated[list[str] | None, typer.Option(help="also time DAX under this plan; may be repeated")] = None,

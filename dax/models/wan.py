@@ -4,7 +4,7 @@ from dax.facts import Facts
 
 
 def build_random(facts: Facts, device: str = "cpu", num_layers: int | None = None):
-    """A WanTransformer3DModel of seeded random weights, made on the device: bf16, with the vendor's fp32 parts in fp32."""
+    """A WanTransformer3DModel of seeded random weights, made on the device: bf16, the vendor's fp32 parts in fp32."""
     import torch
     from diffusers import WanTransformer3DModel
 
