@@ -6,13 +6,14 @@ import pytest
 
 from dax.bench import contest, report, rivals
 from dax.bench.block import calls_of
+from dax.bench.size import Size
 from dax.errors import DaxError
 from dax.facts import facts_named
 
 torch = pytest.importorskip("torch")
 
 TINY = facts_named("tiny")
-SIZE = contest.Size(64, 64, 5)
+SIZE = Size(64, 64, 5)
 QUICK = {"size": (64, 64, 5), "warm_up_s": 0.02, "timed_s": 0.05, "device": "cpu"}
 
 

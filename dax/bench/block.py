@@ -1,7 +1,7 @@
 """`dax bench block`: the transformer blocks alone, one after the other, on seeded Gaussian inputs of the real size."""
 
 from dax.bench import roofline
-from dax.bench.contest import Size
+from dax.bench.size import Size
 from dax.facts import Facts
 
 

@@ -1,7 +1,7 @@
 """`dax bench forward`: a whole forward of the transformer, embeddings and head included, on seeded Gaussian inputs."""
 
 from dax.bench import roofline
-from dax.bench.contest import Size
+from dax.bench.size import Size
 from dax.facts import Facts
 
 
