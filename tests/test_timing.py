@@ -56,11 +56,22 @@ def test_a_call_longer_than_the_budget_is_still_timed_in_every_visit():
     assert timing.count == 2
 
 
-def test_sensors_are_silent_on_cpu():
-    with Sensors("cpu") as sensors:
+def test_without_a_sensor_nothing_is_read():
+    with Sensors(None) as sensors:
         time.sleep(0.01)
     assert sensors.rows == []
     assert summarise([]).watts is None
+
+
+def test_sensors_are_read_while_the_block_runs_and_not_after():
+    reads = []
+    with Sensors(lambda: reads.append(1) or (1.0, 2.0, 3.0), interval_s=0.005) as sensors:
+        time.sleep(0.05)
+    count = len(reads)
+    assert 2 <= count <= 11
+    assert sensors.rows == [(1.0, 2.0, 3.0)] * count
+    time.sleep(0.02)
+    assert len(reads) == count
 
 
 def test_readings_are_medians():

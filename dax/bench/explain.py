@@ -105,7 +105,8 @@ def card(hardware: str | None):
     from dax.hardware import MACHINES
 
     if hardware is None:
-        return next((sheet for key, sheet in MACHINES.items() if key in seen.lower().replace(" ", "")), None)
+        fitting = [key for key in MACHINES if key in seen.lower().replace(" ", "")]
+        return MACHINES[max(fitting, key=len)] if fitting else None  # h20 fits an h200 too
     if hardware not in MACHINES:
         raise DaxError("bad_request", f"--hardware: unknown card {hardware!r}{nearest(hardware, MACHINES)}")
     return MACHINES[hardware]
@@ -163,9 +164,10 @@ def text(result: dict) -> str:
     """The object for people."""
     from dax.bench.report import table
 
+    pixels = f"{result['height']}x{result['width']}x{result['num_frames']}"
     lines = [
         f"{result['model']}: {result['layers']} layers, {result['parameters'] / 1e9:.3f} G parameters",
-        f"{result['height']}x{result['width']}x{result['num_frames']}: {result['tokens']} tokens, {result['steps']} steps",
+        f"{pixels} = {result['tokens']} tokens, {result['steps']} steps",
         f"memory of the transformer: weights {result['weights_gib']:.2f} GiB, activations about "
         f"{result['activations_gib']:.2f} GiB" + (f", of {result['memory_gib']:.0f}" if result["memory_gib"] else ""),
         "",

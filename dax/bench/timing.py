@@ -53,13 +53,14 @@ def measure(
     at least a millisecond. The figure is the median over all visits.
     """
     watch = stopwatch(device)
+    read = sensor(device) if device.startswith("cuda") else None
     samples: dict[str, list[list[float]]] = {name: [] for name in variants}
     readings: dict[str, list[tuple]] = {name: [] for name in variants}
     counts = dict.fromkeys(variants, 0)
     for _ in range(rounds):
         for name, call in variants.items():
             group = watch.warm_up(call, warm_up_s)
-            with Sensors(device) as sensors:
+            with Sensors(read) as sensors:
                 samples[name].append(watch.time(call, timed_s / rounds, group))
             readings[name] += sensors.rows
             counts[name] += group * len(samples[name][-1])
@@ -146,10 +147,10 @@ class CudaStopwatch(Stopwatch):
 
 
 class Sensors:
-    """Reads SM clock, watts and temperature while the block runs, ten times a second. Off without an NVIDIA GPU."""
+    """Calls `read` for SM clock, watts and temperature while the block runs, ten times a second; None reads nothing."""
 
-    def __init__(self, device: str = "cuda", interval_s: float = 0.1):
-        self.read = sensor(device) if device.startswith("cuda") else None
+    def __init__(self, read: Callable | None, interval_s: float = 0.1):
+        self.read = read
         self.interval_s = interval_s
         self.rows: list[tuple[float, float, float]] = []
 

@@ -21,7 +21,7 @@ def command(
 
 
 def examine() -> dict:
-    """{"machine", "requirements", "optional", "attention"}; attention maps each kernel to None or why it does not run."""
+    """machine, requirements, optional packages, and attention: each kernel with None or why it does not run."""
     needs = requirements()
     if any(need["problem"] and need["name"] == "torch" for need in needs):
         return {"machine": {}, "requirements": needs, "optional": {}, "attention": {}}
@@ -39,7 +39,7 @@ def examine() -> dict:
 
 
 def requirements(distribution: str = "dax-engine") -> list[dict]:
-    """Every library DAX is installed with: name, wanted version, the version here, and what is wrong with it or None."""
+    """Every library DAX is installed with: name, wanted and present version, what is wrong with it or None."""
     from packaging.requirements import Requirement
 
     try:
