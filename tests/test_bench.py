@@ -151,3 +151,24 @@ def test_a_table_shows_every_row_and_dashes_for_nothing():
     text = report.table([{"a": 1234.5, "b": None}, {"a": 0.00123, "b": "x"}], {"a": "A", "b": "B"})
     assert text.splitlines()[0].split() == ["|", "A", "|", "B", "|"]
     assert "| 1234" in text and "0.0012" in text and "| - |" in text
+
+
+def test_the_command_prints_one_json_object_on_stdout_and_progress_on_stderr(capsys):
+    from dax.cli.bench import command
+
+    quick = {"height": 64, "width": 64, "num_frames": 5, "warm_up_s": 0.02, "timed_s": 0.05, "device": "cpu"}
+    command("block", "tiny", layers=1, rows="eager", as_json=True, **quick)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["num_blocks"] == 1
+    assert "eager: first call" in printed.err
+    command("block", "tiny", layers=1, rows="eager", as_json=False, **quick)
+    assert "diffusers eager" in capsys.readouterr().out
+
+
+def test_the_command_prints_the_ledger(capsys):
+    from dax.cli.bench import command
+
+    command("claims", as_json=True)
+    assert isinstance(json.loads(capsys.readouterr().out), list)
+    with pytest.raises(DaxError, match="did you mean 'block'"):
+        command("blok")
