@@ -98,15 +98,11 @@ def read_json(path: Path) -> dict:
 
 def card(hardware: str | None):
     """The data sheet of `--hardware`, or of the GPU that nvidia-smi names here; None without one."""
-    if hardware is None:
-        seen = gpu_name()
-        if not seen:
-            return None
-    from dax.hardware import MACHINES
+    from dax.hardware import MACHINES, card_key
 
     if hardware is None:
-        fitting = [key for key in MACHINES if key in seen.lower().replace(" ", "")]
-        return MACHINES[max(fitting, key=len)] if fitting else None  # h20 fits an h200 too
+        seen = gpu_name()
+        return MACHINES.get(card_key(seen)) if seen else None
     if hardware not in MACHINES:
         raise DaxError("bad_request", f"--hardware: unknown card {hardware!r}{nearest(hardware, MACHINES)}")
     return MACHINES[hardware]
