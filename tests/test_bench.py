@@ -139,6 +139,22 @@ def test_when_no_row_runs_here_the_reason_is_the_error():
     assert caught.value.exit_code == 4
 
 
+def test_dax_under_a_plan_is_a_row_like_any_other(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("attention:\n  kernel: sdpa\n")
+    result = contest.bench("block", "tiny", rows="eager", plans=["exact", str(file)], log=lambda text: None, **QUICK)
+    assert [row["row"] for row in result["rows"]] == ["eager", "dax exact", f"dax {file}"]
+    assert all(row["error"] <= 0.01 for row in result["rows"])
+
+
+def test_a_plan_that_cannot_run_here_is_refused_not_replaced(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("attention:\n  kernel: cudnn\n")
+    with pytest.raises(DaxError, match="cudnn") as caught:
+        contest.bench("block", "tiny", rows="eager", plans=[str(file)], log=lambda text: None, **QUICK)
+    assert caught.value.exit_code == 4
+
+
 @pytest.mark.slow
 def test_compiled_blocks_agree_with_eager():
     result = contest.bench("block", "tiny", rows="eager,compiled", num_layers=1, log=lambda text: None, **QUICK)

@@ -204,9 +204,9 @@ def build(facts: Facts, folder: str | None, device: str, num_layers: int):
     import torch
 
     if folder:
-        from diffusers import WanTransformer3DModel
+        from diffusers import AutoModel
 
-        model = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", dtype=torch.bfloat16).to(device)
+        model = AutoModel.from_pretrained(folder, subfolder="transformer", dtype=torch.bfloat16).to(device)
         del model.blocks[num_layers:]
         return model.eval()
     from dax.models.wan import build_random

@@ -36,7 +36,7 @@ def explain(
     steps = steps or facts.defaults.steps
     asked, provenance = Plan.from_layers(layers_of(plan, sets))
     machine = card(hardware)
-    resolved, notes = resolved_plan(asked, facts, machine, strict)
+    resolved, notes, fallbacks = resolved_plan(asked, facts, machine, strict)
     tokens = facts.tokens(**asdict(pixels))
     operations = roofline.forward_operations(
         facts, **asdict(pixels), attention_dtype=ATTENTION_DTYPES.get(resolved.attention.kernel, "bf16")
@@ -62,8 +62,9 @@ def explain(
             for key, value in resolved.leaves().items()
         },
         "plan_hash": resolved.hash(),
-        "changes": changes(resolved, facts),
-        "fallbacks": notes,
+        "changes": changes(resolved, facts, machine),
+        "notes": notes,
+        "fallbacks": fallbacks,
         "forward": {"tflop": flops / 1e12, "seconds_at_least": forward_s},
         "video": {
             "forwards": forwards,
@@ -118,21 +119,28 @@ def gpu_name() -> str | None:
     return next(iter(answer.stdout.splitlines()), None)
 
 
-def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool) -> tuple[Plan, list[str]]:
-    """(resolved plan, fallbacks) on that card; as asked where no card is named."""
+def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool) -> tuple[Plan, list[str], list[str]]:
+    """(resolved plan, notes, fallbacks) on that card; as asked where no card is named."""
     if machine is None:
-        return asked, []
+        return asked, [], []
     from dax.optimize import resolve
 
     resolved = resolve(asked, facts, machine, strict)
-    return resolved.plan, list(resolved.fallbacks)
+    return resolved.plan, list(resolved.notes), list(resolved.fallbacks)
 
 
-def changes(plan: Plan, facts: Facts) -> list[str]:
+def changes(plan: Plan, facts: Facts, machine) -> list[str]:
     """What the plan does to the model, and on how many of its parts."""
-    found = [f"attention.kernel = {plan.attention.kernel}: {2 * facts.num_layers} attention processors"]
+    from dax.attention import kernel_for_cross
+
+    kernel, layers = plan.attention.kernel, facts.num_layers
+    cross = kernel_for_cross(kernel, machine, head_dim=facts.head_dim) if machine else kernel
+    found = [
+        f"attention.kernel = {kernel}: {layers} self-attention layers",
+        f"attention.kernel = {cross}: {layers} cross-attention layers",
+    ]
     if plan.compile == "blocks":
-        found.append(f"compile = blocks: {facts.num_layers} transformer blocks")
+        found.append(f"compile = blocks: {layers} transformer blocks")
     return found
 
 
@@ -173,7 +181,8 @@ def text(result: dict) -> str:
         asked = "" if entry["asked"] == entry["value"] else f" (asked: {entry['asked']})"
         lines.append(f"  {key} = {entry['value']}{asked}, from {entry['from']}")
     lines += [f"  {change}" for change in result["changes"]]
-    lines += [f"  fallback: {note}" for note in result["fallbacks"]]
+    lines += [f"  note: {note}" for note in result["notes"]]
+    lines += [f"  fallback: {fallback}" for fallback in result["fallbacks"]]
     where = f"on {result['hardware']}" if result["hardware"] else "no card named: --hardware h200 gives times"
     lines += ["", f"one forward of one branch, {where}"]
     columns = {"name": "part", "dtype": "dtype", "count": "count", "gflop": "GFLOP", "gb": "GB"}

@@ -108,7 +108,7 @@ class Stopwatch:
 
 
 class CudaStopwatch(Stopwatch):
-    """CUDA events, with the queue kept two groups deep so that the card never waits for the host."""
+    """CUDA events, with the next group queued while one runs, so that the card never waits for the host."""
 
     def warm_up(self, call: Callable, seconds: float) -> int:
         import torch
@@ -118,7 +118,7 @@ class CudaStopwatch(Stopwatch):
             event = torch.cuda.Event()
             event.record()
             pending.append(event)
-            if len(pending) > 4:
+            if len(pending) > 1:
                 pending.pop(0).synchronize()
 
         pending: list = []
@@ -135,8 +135,7 @@ class CudaStopwatch(Stopwatch):
                 call()
             marks.append(torch.cuda.Event(enable_timing=True))
             marks[-1].record()
-            if len(marks) > 2:
-                marks[-3].synchronize()
+            marks[-2].synchronize()
         self.finish()
         return [before.elapsed_time(after) / group for before, after in zip(marks, marks[1:])]
 
