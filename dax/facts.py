@@ -167,7 +167,9 @@ def facts_from_config(model_index: dict | None, transformer_config: dict) -> Fac
         raise DaxError("bad_model", f"transformer/config.json: attention_head_dim = {head_dim} must be even")
     cross_attn_norm = config.get("cross_attn_norm", True)
     if type(cross_attn_norm) is not bool:
-        raise DaxError("bad_model", f"transformer/config.json: cross_attn_norm = {cross_attn_norm!r} must be true or false")
+        raise DaxError(
+            "bad_model", f"transformer/config.json: cross_attn_norm = {cross_attn_norm!r} must be true or false"
+        )
     facts = Facts(
         name="",
         num_layers=number("num_layers", 40, 1000),

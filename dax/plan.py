@@ -2,7 +2,7 @@
 
 A plan is built from layers, lowest first (preset, file, --set, flag); every leaf remembers which layer gave its value.
 Nothing unknown, ambiguous or contradictory passes: each refusal is a DaxError("bad_request") that names the place.
-A key of the contract whose feature is not built yet is refused by name, so an old plan never means something else later.
+A key of the contract whose feature is not built yet is refused by name, so that a plan never changes its meaning.
 """
 
 import hashlib
@@ -83,7 +83,7 @@ class Plan(Part):
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
     def save(self, path: "str | Path") -> None:
-        """Write the plan as YAML that `Plan.load` reads back. DaxError("cannot_write") if the path cannot be written."""
+        """Write the plan as YAML that `Plan.load` reads back. DaxError("cannot_write") if the path refuses."""
         try:
             Path(path).write_text(self.to_yaml(), encoding="utf-8")
         except OSError as error:
@@ -168,7 +168,9 @@ def check_keys(leaves: dict[str, Any], source: str) -> None:
     not_yet = [key for key in leaves if key.split(".")[0] in NOT_YET_KEYS]
     if not_yet:
         named = ", ".join(f"{key} = {leaves[key]!r}" for key in not_yet)
-        raise DaxError("bad_request", f"{source}: {named}: not available in this version; available: {', '.join(known)}")
+        raise DaxError(
+            "bad_request", f"{source}: {named}: not available in this version; available: {', '.join(known)}"
+        )
     for key in leaves:
         if key in known:
             continue
@@ -196,4 +198,3 @@ def plan_choices(key: str) -> tuple[str, ...]:
     for parent in parents:
         part = part.model_fields[parent].annotation
     return part.model_fields[last].annotation.__args__
-

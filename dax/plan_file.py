@@ -1,7 +1,7 @@
 """Plan files: the part of YAML that means one thing.
 
-Mappings and plain scalars only, with YAML 1.2 scalars (so `1e-3` is a number and `no` is refused, not false). Duplicate
-keys, anchors, tags, several documents, deep nesting and large or non-text files are refused with the line they stand on.
+Mappings and plain scalars only, with YAML 1.2 scalars (so `1e-3` is a number and `no` is refused, not false).
+Duplicate keys, anchors, tags, several documents, deep nesting and large or non-text files are refused with their line.
 """
 
 import re
@@ -104,7 +104,7 @@ def build(node, path: str) -> dict[str, Any]:
 
 
 def parse_scalar(text: str, where: str) -> Any:
-    """A YAML 1.2 plain scalar: true, false, whole number, decimal number or text. What 1.1 reads otherwise is refused."""
+    """A YAML 1.2 plain scalar: true, false, whole or decimal number, text. What 1.1 reads otherwise is refused."""
     if text in ("", "~", "null", "Null", "NULL"):
         raise DaxError("bad_request", f"{where}: no value")
     if text in ("true", "false"):
@@ -114,5 +114,7 @@ def parse_scalar(text: str, where: str) -> Any:
     if FLOAT.match(text):
         return float(text)
     if AMBIGUOUS.match(text):
-        raise DaxError("bad_request", f"{where}: {text!r} is ambiguous; write true, false, a plain number or a quoted text")
+        raise DaxError(
+            "bad_request", f"{where}: {text!r} is ambiguous; write true, false, a plain number or a quoted text"
+        )
     return text

@@ -1,0 +1,113 @@
+"""Which attention kernel runs where: a table, and two questions asked of it.
+
+Nothing here imports torch, so a plan is resolved for a machine that is not there. `auto` is the fastest exact kernel;
+a kernel that changes the numbers beyond rounding is used only when it is asked for by name.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from dax.edits import Edits
+from dax.errors import DaxError, nearest
+from dax.hardware import Machine
+
+HALF = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """exact: rounding apart, the result of softmax attention. head_dims: sizes of a head it takes, () for any.
+
+    packages: any one of these, best first.  min_sm: the oldest GPU generation; None if a CPU will do.
+    """
+
+    exact: bool
+    head_dims: tuple[int, ...] | range = ()
+    packages: tuple[str, ...] = ()
+    min_sm: int | None = None
+    install: str = ""
+
+
+KERNELS = {
+    "sdpa": Kernel(exact=True),
+    "cudnn": Kernel(exact=True, head_dims=range(8, 129, 8), min_sm=80),
+    "flash": Kernel(
+        exact=True,
+        head_dims=range(8, 257, 8),
+        packages=("flash_attn_interface", "flash_attn"),
+        min_sm=80,
+        install="FlashAttention 3 (Hopper) or pip install flash-attn",
+    ),
+    "sage": Kernel(
+        exact=False,
+        head_dims=(64, 96, 128),
+        packages=("sageattention",),
+        min_sm=80,
+        install="pip install sageattention",
+    ),
+}
+
+
+def reason(kernel: str, machine: Machine, dtype: str = "bfloat16", head_dim: int = 128) -> str | None:
+    """Why `kernel` does not run there on such tensors, or None if it does.
+
+    A machine that is only a data sheet is taken to have the package.
+    """
+    if kernel not in KERNELS:
+        raise DaxError("bad_request", f"unknown attention kernel {kernel!r}{nearest(kernel, ['auto', *KERNELS])}")
+    needs = KERNELS[kernel]
+    if needs.min_sm is not None:
+        if machine.device != "cuda":
+            return "needs an NVIDIA GPU"
+        if machine.sm is not None and machine.sm < needs.min_sm:
+            return f"needs compute capability {needs.min_sm / 10} or newer, {machine.name} has {machine.sm / 10}"
+    if needs.packages and not machine.is_data_sheet and package(kernel, machine) is None:
+        failed = [
+            f"{name} does not import ({machine.broken[name]})" for name in needs.packages if name in machine.broken
+        ]
+        return "; ".join(failed) or f"package {needs.packages[-1]} is not installed: {needs.install}"
+    if needs.min_sm is not None and dtype not in HALF:
+        return f"needs bfloat16 or float16, the model is {dtype}"
+    if needs.head_dims and head_dim not in needs.head_dims:
+        return f"does not take heads of {head_dim}"
+    return None
+
+
+def package(kernel: str, machine: Machine) -> str | None:
+    """The package that serves `kernel` there. FlashAttention 3 is for Hopper alone."""
+    for name in KERNELS[kernel].packages:
+        if name not in (machine.packages or {}) or name in machine.broken:
+            continue
+        if name == "flash_attn_interface" and machine.sm != 90:
+            continue
+        return name
+    return None
+
+
+def choose(machine: Machine, dtype: str = "bfloat16", head_dim: int = 128) -> str:
+    """What `auto` means there: FlashAttention 3 if it is installed, else cuDNN from Hopper on, else torch's own choice.
+
+    On older cards torch's SDPA is FlashAttention 2 already.
+    """
+    if package("flash", machine) == "flash_attn_interface" and reason("flash", machine, dtype, head_dim) is None:
+        return "flash"
+    if (machine.sm or 0) >= 90 and reason("cudnn", machine, dtype, head_dim) is None:
+        return "cudnn"
+    return "sdpa"
+
+
+def kernel_for_cross(kernel: str, machine: Machine, dtype: str = "bfloat16", head_dim: int = 128) -> str:
+    """The kernel of cross-attention: the same if it is exact. To a few hundred text tokens 8 bits save nothing."""
+    return kernel if KERNELS[kernel].exact else choose(machine, dtype, head_dim)
+
+
+def apply_attention(layers: Iterable, processor: Callable, edits: Edits) -> int:
+    """Give each of a model's attention layers `processor`, through diffusers' own door; returns how many."""
+    count = 0
+    for layer in layers:
+        old = layer.get_processor()
+        edits.call(
+            lambda layer=layer: layer.set_processor(processor), lambda layer=layer, old=old: layer.set_processor(old)
+        )
+        count += 1
+    return count

@@ -1,0 +1,78 @@
+"""Changes to a live model that can be taken back.
+
+Every change DAX makes to someone's model goes through one journal, on instances only: never a class, never a module's
+global. `undo()` walks it backwards, so that the model is the very objects it was before.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from dax.errors import DaxError
+
+ABSENT = object()
+
+
+class Edits:
+    """A journal of reversible changes. `len()` counts those that stand."""
+
+    def __init__(self):
+        self._undo: list[Callable[[], None]] = []
+
+    def __len__(self) -> int:
+        return len(self._undo)
+
+    def call(self, do: Callable[[], Any], undo: Callable[[], Any]) -> None:
+        """Call `do` and remember `undo` as its inverse. If `do` raises, nothing is remembered."""
+        do()
+        self._undo.append(undo)
+
+    def set_attribute(self, owner: Any, name: str, new: Any) -> Any:
+        """owner.name = new, on an instance; returns what it was. An attribute that only its class had is deleted again.
+
+        DaxError("bug") for a class or a module as owner: others would see the change.
+        """
+        if isinstance(owner, type | ModuleType):
+            raise DaxError("bug", f"edit of {owner!r}.{name}: only instances may be edited")
+        old = getattr(owner, name)
+        own = name in vars(owner) or name in children(owner)
+        self.call(lambda: setattr(owner, name, new), lambda: setattr(owner, name, old) if own else delattr(owner, name))
+        return old
+
+    def set_item(self, owner: Any, key: Any, new: Any) -> Any:
+        """owner[key] = new, for a list, dict or ModuleList; returns what it was. A new key is deleted again."""
+        try:
+            old = owner[key]
+        except KeyError:
+            old = ABSENT
+
+        def put_back():
+            if old is ABSENT:
+                del owner[key]
+            else:
+                owner[key] = old
+
+        self.call(lambda: owner.__setitem__(key, new), put_back)
+        return None if old is ABSENT else old
+
+    def swap_module(self, root: Any, path: str, new: Any) -> Any:
+        """Put `new` where `root` has the submodule `path` ("blocks.0.ffn.net.2"); returns the one it replaces."""
+        parent, _, name = path.rpartition(".")
+        return self.set_attribute(root.get_submodule(parent), name, new)
+
+    def undo(self) -> None:
+        """Take everything back, last change first. Twice is harmless. A failure is raised once all were tried."""
+        failure = None
+        while self._undo:
+            step = self._undo.pop()
+            try:
+                step()
+            except Exception as error:  # keep going: half an undo is worse
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+
+def children(owner: Any) -> set[str]:
+    """What a torch module keeps outside its __dict__: parameters, buffers, submodules."""
+    return {name for kind in ("_parameters", "_buffers", "_modules") for name in vars(owner).get(kind, ())}

@@ -1,0 +1,219 @@
+"""Wan text-to-video: where DAX stands in diffusers' WanTransformer3DModel, and how to build one of random weights.
+
+The seams are the list of blocks and the processor of each attention. The processor restates the vendor's own around a
+kernel of DAX; `check_processor` compares the two on small numbers before a model is touched, so that a diffusers that
+changed underneath is noticed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from dax.errors import DaxError
+from dax.facts import Facts, facts_from_config
+
+
+@dataclass(frozen=True)
+class Target:
+    """What `optimize` was given: the pipeline (None for a bare transformer), its transformers and what they are."""
+
+    pipe: object | None
+    transformers: tuple[nn.Module, ...]
+    facts: Facts
+
+    def blocks(self) -> list[nn.Module]:
+        return [block for transformer in self.transformers for block in transformer.blocks]
+
+    def attentions(self, cross: bool) -> list[nn.Module]:
+        """The self- or the cross-attention layer of every block that has one as DAX knows it."""
+        from diffusers.models.transformers.transformer_wan import WanAttention
+
+        layers = [getattr(block, "attn2" if cross else "attn1", None) for block in self.blocks()]
+        return [layer for layer in layers if isinstance(layer, WanAttention)]
+
+
+def target_of(model) -> Target:
+    """A WanPipeline or a bare WanTransformer3DModel as a Target.
+
+    DaxError("bad_model") for any other family, from class names and configs alone.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise DaxError("bad_request", "the model is compiled already: pass it uncompiled and set compile = blocks")
+    if not hasattr(model, "config"):
+        raise DaxError(
+            "bad_model", f"{type(model).__name__} is not a diffusers pipeline or transformer: it has no config"
+        )
+    if isinstance(model, nn.Module):
+        return Target(None, (model,), facts_from_config(None, config_of(model)))
+    transformer = getattr(model, "transformer", None)
+    facts = facts_from_config(config_of(model), config_of(getattr(transformer, "_orig_mod", transformer)))
+    if hasattr(transformer, "_orig_mod"):
+        raise DaxError(
+            "bad_request", "pipe.transformer is compiled already: pass it uncompiled and set compile = blocks"
+        )
+    return Target(model, (transformer,), facts)
+
+
+def config_of(model) -> dict:
+    """A live model's config as its JSON file has it: with the class name, tuples as lists."""
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in dict(model.config).items()}
+    return config | {"_class_name": type(model).__name__}
+
+
+class WanProcessor:
+    """The attention of a Wan layer around `attend(q, k, v)`. One object serves every layer: it holds no state.
+
+    hidden_states  [B, S, C]   encoder_hidden_states  [B, T, text C] or None: self-attention
+    rotary_emb     (cos, sin), each [1, S, 1, D] with every value twice, or None
+    returns        [B, S, C]
+    """
+
+    def __init__(self, attend: Callable, kernel: str):
+        self.attend = attend
+        self.kernel = kernel
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        if attention_mask is not None:
+            raise DaxError("bad_request", "attention_mask: Wan's attention takes none, and DAX's kernels have no mask")
+        q, k, v = project(attn, hidden_states, encoder_hidden_states)
+        q, k = attn.norm_q(q), attn.norm_k(k)  # over all heads together, so before they are split
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        if rotary_emb is not None:
+            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
+        o = self.attend(q, k, v).flatten(2).type_as(q)
+        projection, dropout = attn.to_out
+        return dropout(projection(o))
+
+    def __repr__(self):
+        return f"WanProcessor({self.kernel!r})"
+
+    def _refuse(self, value):
+        if value is not None:
+            raise DaxError(
+                "bad_request",
+                f"diffusers' attention setting {value!r} has no effect under DAX: set attention.kernel in the plan",
+            )
+
+    # What diffusers' set_attention_backend and enable_parallelism write to: refused instead of ignored.
+    _attention_backend = property(lambda self: None, _refuse)
+    _parallel_config = property(lambda self: None, _refuse)
+
+
+def project(attn, x, text):
+    """q [B, S, C], k and v [B, T, C] of a layer, through its fused projections where it has them."""
+    context = x if text is None else text
+    if not attn.fused_projections:
+        return attn.to_q(x), attn.to_k(context), attn.to_v(context)
+    if attn.is_cross_attention:
+        return attn.to_q(x), *attn.to_kv(context).chunk(2, dim=-1)
+    return attn.to_qkv(x).chunk(3, dim=-1)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of neighbouring channels by its position's angle.
+
+    x         [B, S, H, D];  cos, sin  [1, S, 1, D] fp32, every value twice
+    returns   [B, S, H, D]   in x's dtype, computed in fp32
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    turned = torch.empty_like(x)
+    turned[..., 0::2] = even * cos - odd * sin
+    turned[..., 1::2] = even * sin + odd * cos
+    return turned
+
+
+def check_seams(target: Target) -> None:
+    """DaxError unless every block carries the attention DAX knows, with the vendor's processor, not compiled."""
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    expected = len(target.blocks())
+    for cross in (False, True):
+        found = len(target.attentions(cross))
+        if found != expected or expected == 0:
+            kind = "cross" if cross else "self"
+            raise DaxError(
+                "bad_model",
+                f"plan attention.kernel: {found} of {expected} {kind}-attention layers matched in "
+                f"{target.facts.transformer_class}; this diffusers is not one DAX knows",
+            )
+    for transformer in target.transformers:
+        for name, module in transformer.named_modules():
+            if getattr(module, "_compiled_call_impl", None) is not None:
+                where = f"transformer.{name}" if name else "the transformer"
+                raise DaxError(
+                    "bad_request", f"{where} is compiled already: pass an uncompiled model and set compile = blocks"
+                )
+        for name, processor in transformer.attn_processors.items():
+            if type(processor) is not WanAttnProcessor:
+                raise DaxError(
+                    "bad_request",
+                    f"transformer.{name} is already {type(processor).__name__}: undo that change before dax.optimize",
+                )
+            if processor._parallel_config is not None:
+                raise DaxError(
+                    "bad_request", f"transformer.{name}: diffusers' context parallelism cannot be combined with DAX"
+                )
+    check_processor()
+
+
+@cache
+def check_processor() -> None:
+    """Run DAX's processor and the vendor's on one small layer of each kind. DaxError("check_failed") if they differ."""
+    from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+
+    from dax.attention.dense import sdpa
+
+    S, T, H, D = 6, 5, 2, 8
+    angle = torch.arange(S * D / 2).view(1, S, 1, D // 2).repeat_interleave(2, dim=-1)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+        torch.manual_seed(0)
+        for cross in (False, True):
+            layer = WanAttention(H * D, H, D, eps=1e-6, cross_attention_dim_head=D if cross else None)
+            for parameter in layer.parameters():
+                parameter.normal_()
+            x, text = torch.randn(1, S, H * D), torch.randn(1, T, H * D) if cross else None
+            rotary = None if cross else (angle.cos(), angle.sin())
+            theirs = WanAttnProcessor()(layer, x, text, None, rotary)
+            ours = WanProcessor(sdpa, "sdpa")(layer, x, text, None, rotary)
+            error = ((ours - theirs).norm() / theirs.norm()).item()
+            if not error < 1e-5:
+                import diffusers
+
+                raise DaxError(
+                    "check_failed",
+                    f"diffusers {diffusers.__version__} computes Wan's {'cross' if cross else 'self'}-attention "
+                    f"otherwise than DAX (relative difference {error:.1e}): install another diffusers, or report it",
+                )
+
+
+def build_random(facts: Facts, device: str = "cpu", num_layers: int | None = None, seed: int = 0):
+    """A WanTransformer3DModel of random weights made on `device`: bf16, the vendor's fp32 parts in fp32.
+
+    num_layers   fewer blocks than the model has, for a bench of some of them
+    The same seed on the same device gives the same weights. Costs the model's bytes on the device, nothing elsewhere.
+    """
+    from diffusers import WanTransformer3DModel
+
+    config = facts.transformer_config() | ({} if num_layers is None else {"num_layers": num_layers})
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**config)
+    model.rope = type(model.rope)(facts.head_dim, facts.patch, facts.rope_max_seq_len).to(device)  # a table, no weight
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, planned in list(model.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        kept = any(part in model._keep_in_fp32_modules for part in name.split("."))
+        weight = torch.empty(planned.shape, device=device, dtype=torch.float32 if kept else torch.bfloat16)
+        if leaf == "weight" and planned.ndim == 1:  # of a norm
+            weight.normal_(1.0, 0.1, generator=generator)
+        elif leaf == "bias":
+            weight.normal_(0.0, 0.02, generator=generator)
+        else:  # keeps the variance: 1 / sqrt(inputs)
+            weight.normal_(
+                0.0, planned[0].numel() ** -0.5 if leaf == "weight" else facts.width**-0.5, generator=generator
+            )
+        setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
+    return model.eval()

@@ -1,0 +1,183 @@
+"""optimize(): marry a Plan with a model. The whole story on one page.
+
+First *resolve*: plan, facts and machine in, a plan of definite choices out; pure. Every refusal is raised there or in
+the checks that follow, before anything changes. Then *apply*, part by part, each counting what it changed. The Engine
+that comes back describes the changes and takes them back.
+
+The module itself can be called: `dax.optimize(pipe)` and `from dax.optimize import resolve` mean one name.
+"""
+
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from weakref import WeakSet
+
+from dax import attention
+from dax.edits import Edits
+from dax.errors import DaxError
+from dax.facts import Facts
+from dax.hardware import Machine, machine
+from dax.plan import DEFAULT_PRESET, Plan, plan_layer
+
+OPTIMIZED = WeakSet()  # transformers that carry an engine now
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan of definite choices. `notes` say what each `auto` became, `fallbacks` what could not be had."""
+
+    plan: Plan
+    notes: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+
+
+def resolve(plan: Plan, facts: Facts, machine: Machine, strict: bool = False, dtype: str = "bfloat16") -> Resolved:
+    """The plan with every `auto` decided for that model on that machine. Pure: no torch, no weights.
+
+    dtype is the transformer's. What does not run there falls back to something exact and is named; with `strict` it is
+    DaxError("unsupported") instead.
+    """
+    notes, fallbacks, kernel, compiled = [], [], plan.attention.kernel, plan.compile
+    best = attention.choose(machine, dtype, facts.head_dim)
+    if kernel == "auto":
+        kernel = best
+        notes.append(f"attention.kernel: auto is {best} on {machine.name} in {dtype}")
+    elif problem := attention.reason(kernel, machine, dtype, facts.head_dim):
+        fallbacks.append(f"attention.kernel = {kernel}: {problem}; {best} instead")
+        kernel = best
+    if compiled == "blocks" and machine.packages is not None and machine.compiler is None:
+        fallbacks.append("compile = blocks: no C++ compiler found (install g++ or set CXX); none instead")
+        compiled = "none"
+    if strict and fallbacks:
+        raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
+    resolved = plan.model_copy(
+        update={"attention": plan.attention.model_copy(update={"kernel": kernel}), "compile": compiled}
+    )
+    return Resolved(resolved, tuple(notes), tuple(fallbacks))
+
+
+def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **overrides) -> "Engine":
+    """Change a diffusers pipeline, or a bare transformer, in place as the plan says; returns the Engine.
+
+    plan        a preset's name, a YAML file's path, or a Plan
+    strict      a fallback is an error
+    overrides   plan keys that win over the plan: compile="blocks", attention={"kernel": "sdpa"}
+    DaxError, before anything is changed: "bad_request" for the plan or a model that is already optimized or compiled,
+    "bad_model" for a family DAX does not know, "unsupported" for what this machine cannot do.
+    """
+    layers = [("plan", plan.leaves()) if isinstance(plan, Plan) else plan_layer(plan), ("optimize()", overrides)]
+    wanted, _ = Plan.from_layers(layers)
+    from dax.models import wan
+
+    target = wan.target_of(pipe)
+    if any(transformer in OPTIMIZED for transformer in target.transformers):
+        raise DaxError("bad_request", "this model is optimized already: call engine.undo() first")
+    wan.check_seams(target)
+    transformer = target.transformers[0]
+    here = machine(device_of(transformer))
+    dtype = str(transformer.dtype).removeprefix("torch.")
+    resolved = resolve(wanted, target.facts, here, strict, dtype)
+
+    kernel, changes, edits = resolved.plan.attention.kernel, [], Edits()
+    try:
+        from dax.attention.dense import RUN
+
+        for kind, name in (
+            ("self", kernel),
+            ("cross", attention.kernel_for_cross(kernel, here, dtype, target.facts.head_dim)),
+        ):
+            layers = target.attentions(cross=kind == "cross")
+            count = attention.apply_attention(layers, wan.WanProcessor(RUN[name], name), edits)
+            changes.append(Change("attention.kernel", name, f"{kind}-attention layers", count, len(target.blocks())))
+        if resolved.plan.compile == "blocks":
+            from dax.compile import apply_compile
+
+            count = apply_compile(target.blocks(), edits)
+            changes.append(Change("compile", "blocks", "transformer blocks", count, len(target.blocks())))
+        for change in changes:
+            change.check()
+    except BaseException:
+        edits.undo()
+        raise
+    OPTIMIZED.update(target.transformers)
+    return Engine(target, resolved, changes, edits)
+
+
+def device_of(transformer) -> str:
+    """ "cuda" or "cpu": where the transformer runs, which under CPU offload is not where it lies."""
+    offload = getattr(transformer, "_hf_hook", None)
+    device = getattr(offload, "execution_device", None) or transformer.device
+    return "cuda" if "cuda" in str(device) or type(device) is int else "cpu"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One part of the plan as it was applied: `count` of `total` things named `what` now have `value`."""
+
+    key: str
+    value: str
+    what: str
+    count: int
+    total: int
+
+    def check(self) -> None:
+        """Nothing asked is dropped silently: DaxError("bad_model") for none or only some."""
+        if self.count == 0 or self.count != self.total:
+            raise DaxError(
+                "bad_model", f"plan {self.key} = {self.value}: {self.count} of {self.total} {self.what} matched"
+            )
+
+    def __str__(self):
+        return f"{self.key} = {self.value}: {self.count} of {self.total} {self.what}"
+
+
+class Engine:
+    """What `optimize` did. `plan` is the resolved plan, `fallbacks` and `notes` how it differs from the one asked.
+
+    A context manager: leaving the block undoes.
+    """
+
+    def __init__(self, target, resolved: Resolved, changes: list[Change], edits: Edits):
+        self.plan = resolved.plan
+        self.notes = resolved.notes
+        self.fallbacks = resolved.fallbacks
+        self.changes = tuple(changes)
+        self.facts = target.facts
+        self._target = target
+        self._edits = edits
+
+    @property
+    def active(self) -> bool:
+        """False once undone."""
+        return len(self._edits) > 0
+
+    def summary(self) -> str:
+        """Every change with its count, then notes and fallbacks; one line each."""
+        lines = [f"plan {self.plan.hash()[:8]} on {self.facts.name}" + ("" if self.active else " (undone)")]
+        lines += [f"  {change}" for change in self.changes]
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  fallback: {fallback}" for fallback in self.fallbacks]
+        return "\n".join(lines)
+
+    def undo(self) -> None:
+        """Give the model back as it was, the same objects bit for bit. Twice is harmless."""
+        if self.active:
+            self._edits.undo()
+            for transformer in self._target.transformers:
+                OPTIMIZED.discard(transformer)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.undo()
+
+
+class CallableModule(ModuleType):
+    """A module that is the function it is named after."""
+
+    def __call__(self, pipe, plan=DEFAULT_PRESET, strict=False, **overrides):
+        return optimize(pipe, plan, strict, **overrides)
+
+
+sys.modules[__name__].__class__ = CallableModule

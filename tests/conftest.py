@@ -1,0 +1,94 @@
+"""A small random Wan pipeline, loud enough that a wrong part shows, for tests that need no trained weights.
+
+`random_pipe` is a fresh fp32 pipeline in memory, the same in every test; `random_folder` the same pipeline saved in
+diffusers' layout (read only: copy it before you break it). Nothing is downloaded.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+RANDOM_TRANSFORMER = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 64,
+    "ffn_dim": 128,
+    "num_layers": 2,
+    "rope_max_seq_len": 64,
+}
+
+
+def build_tokenizer():
+    """A T5 tokenizer of single printable characters, built offline."""
+    from transformers import T5Tokenizer
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    letters = [(chr(code), -3.0) for code in range(33, 127)]
+    extra = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(8))]
+    return T5Tokenizer(vocab=special + letters + extra, extra_ids=8, model_max_length=512)
+
+
+def build_random_pipe():
+    """WanPipeline in fp32 on the CPU with seeded random weights whose blocks all matter."""
+    import torch
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = build_tokenizer()
+        text_encoder = UMT5EncoderModel(
+            UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+        )
+        transformer = WanTransformer3DModel(**RANDOM_TRANSFORMER)
+        vae = AutoencoderKLWan(
+            base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        )
+        with torch.no_grad():  # louder than the default: gates near 1, sharp attention, strong residuals
+            for block in transformer.blocks:
+                block.scale_shift_table[:, [2, 5]] += 1.0
+                for attention in (block.attn1, block.attn2):
+                    attention.norm_q.weight.mul_(2.0)
+                    attention.norm_k.weight.mul_(2.0)
+                    attention.to_v.weight.mul_(3.0)
+                    attention.to_out[0].weight.mul_(3.0)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+    )
+    pipe = WanPipeline(
+        tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=scheduler
+    )
+    for part in (text_encoder, transformer, vae):
+        part.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def random_pipe():
+    """A fresh random pipeline (heads 2 x 32, 2 layers); 64 x 64 x 9 in 2 steps takes well under a second."""
+    return build_random_pipe()
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory):
+    """The random pipeline saved as a diffusers folder. Shared by the session: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("random_wan")
+    build_random_pipe().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Two cores are shared by everything: one thread each, and the same sums in the same order."""
+    import torch
+
+    torch.set_num_threads(1)
