@@ -6,6 +6,7 @@ import pytest
 
 from dax.bench import contest, report, rivals
 from dax.bench.block import calls_of
+from dax.bench.model import build
 from dax.bench.size import Size
 from dax.errors import DaxError
 from dax.facts import facts_named
@@ -19,7 +20,7 @@ QUICK = {"size": (64, 64, 5), "warm_up_s": 0.02, "timed_s": 0.05, "device": "cpu
 
 @pytest.fixture(scope="module")
 def model():
-    return contest.build(TINY, None, "cpu", 2)
+    return build(TINY, None, "cpu", 2)
 
 
 @pytest.mark.parametrize("subject", ["block", "forward"])
@@ -131,6 +132,22 @@ def test_bad_requests_are_refused_before_a_model_is_built(named, wrong, monkeypa
         contest.bench("block", **({"model": "tiny", "rows": "eager"} | named))
     assert wrong in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_folder_is_timed_with_its_own_weights_cut_to_the_asked_depth(random_folder):
+    result = contest.bench("block", str(random_folder), num_layers=1, rows="eager", log=lambda text: None, **QUICK)
+    assert (result["weights"], result["num_blocks"]) == ("folder", 1)
+    assert result["model"] == str(random_folder)
+
+
+def test_a_folder_with_broken_weights_is_refused(random_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(random_folder, tmp_path / "broken")
+    (tmp_path / "broken" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(DaxError, match="broken/transformer") as caught:
+        contest.bench("block", str(tmp_path / "broken"), rows="eager", log=lambda text: None, **QUICK)
+    assert caught.value.exit_code == 3
 
 
 def test_when_no_row_runs_here_the_reason_is_the_error():

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dax.bench import report, rivals, roofline
+from dax.bench.model import LOGIT_STD, build, facts_of
 from dax.bench.size import checked_size
 from dax.bench.timing import Timing, measure
 from dax.errors import DaxError
-from dax.facts import Facts, facts_named
+from dax.facts import Facts
 
-LOGIT_STD = 3.0  # how peaked attention is: about ten keys of 75 600 matter to a query, as in a trained model
 DEFAULT_BLOCKS = 4
 COLUMNS = {
     "label": "stack",
@@ -56,7 +56,8 @@ def bench(
     chosen = rivals.rows_named(rows, list(plans))
     if model is None:
         log("no --model: the embedded tiny Wan's shapes")
-    facts, folder = known(model or "tiny")
+    facts = facts_of(model or "tiny")
+    folder = model if model and Path(model).is_dir() else None
     pixels = checked_size(facts, size)
     if num_layers is not None and not 1 <= num_layers <= facts.num_layers:
         raise DaxError("bad_request", f"--layers {num_layers}: {facts.name} has 1 to {facts.num_layers}")
@@ -90,7 +91,12 @@ def bench(
         tokens=tokens,
         num_blocks=num_layers,
         weights="folder" if folder else "random",
-        method={"warm_up_s": warm_up_s, "timed_s": timed_s, "interleaved": True, "logit_std": LOGIT_STD},
+        method={
+            "warm_up_s": warm_up_s,
+            "timed_s": timed_s,
+            "interleaved": True,
+            "logit_std": None if folder else LOGIT_STD,
+        },
         rows=lines,
         left_out=left_out,
     )
@@ -184,40 +190,6 @@ def relative_error(output, reference) -> float:
 def eight_bits(row: rivals.Row) -> bool:
     """Whether the row's attention multiplies 8-bit numbers."""
     return row.backend == "sage" or (row.plan is not None and row.plan.attention.kernel == "sage")
-
-
-def known(model: str) -> tuple[Facts, str | None]:
-    """(facts, folder or None) of a known name or a diffusers folder, from its headers alone."""
-    if not Path(model).is_dir():
-        return facts_named(model), None
-    from dax.generate.preflight import preflight
-
-    return preflight(Path(model)).facts, model
-
-
-def build(facts: Facts, folder: str | None, device: str, num_layers: int):
-    """The transformer: a folder's weights, cut to `num_layers`, or random ones made on the device, fp32 parts in fp32.
-
-    Random weights are woken up: attention scores get a standard deviation of LOGIT_STD. As they come, attention would
-    average 75 600 tokens into nothing, and no check of an attention kernel could fail.
-    """
-    import torch
-
-    if folder:
-        from diffusers import AutoModel
-
-        model = AutoModel.from_pretrained(folder, subfolder="transformer", dtype=torch.bfloat16).to(device)
-        del model.blocks[num_layers:]
-        return model.eval()
-    from dax.models.wan import build_random
-
-    model = build_random(facts, device, num_layers=num_layers).eval()
-    generator = torch.Generator(device).manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("norm_q.weight", "norm_k.weight")):
-                weight.normal_(1.0, 0.1, generator=generator).mul_(LOGIT_STD**0.5)
-    return model
 
 
 def known_machine(device: str):

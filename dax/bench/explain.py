@@ -4,15 +4,14 @@ Counts come from Facts alone, times from the roofline of a card's data sheet: a 
 a kernel reaches.
 """
 
-import json
 import subprocess
 from dataclasses import asdict
-from pathlib import Path
 
 from dax.bench import roofline
+from dax.bench.model import facts_of
 from dax.bench.size import checked_size
 from dax.errors import DaxError, nearest
-from dax.facts import Facts, facts_from_config, facts_named
+from dax.facts import Facts
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
 
 ATTENTION_DTYPES = {"sage": "int8"}  # the arithmetic of each kernel; bf16 unless it says otherwise
@@ -78,23 +77,6 @@ def explain(
 def layers_of(plan: str | None, sets: list[str]) -> list[tuple[str, dict]]:
     """The plan's layers, lowest first: preset or file, then each --set."""
     return [plan_layer(plan or DEFAULT_PRESET), *(("--set", parse_set(text)) for text in sets)]
-
-
-def facts_of(model: str) -> Facts:
-    """Facts of a known name, or of a diffusers folder from its two JSON files. No header of a weight file is read."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return facts_named(model)
-    return facts_from_config(read_json(folder / "model_index.json"), read_json(folder / "transformer" / "config.json"))
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DaxError("bad_model", f"{path}: no such file; --model takes a diffusers folder") from None
-    except (OSError, ValueError) as error:
-        raise DaxError("bad_model", f"{path}: {error}") from None
 
 
 def card(hardware: str | None):

@@ -64,7 +64,8 @@ def requirements(distribution: str = "dax-engine") -> list[dict]:
 def text(result: dict) -> str:
     """The object for people."""
     lines = ["machine"]
-    lines += [f"  {name}: {value}" for name, value in result["machine"].items() if value not in (None, {}, [], "")]
+    told = {name: value for name, value in result["machine"].items() if name != "packages" and value}
+    lines += [f"  {name}: {value}" for name, value in told.items()]
     lines += ["libraries"]
     for need in result["requirements"]:
         lines.append(f"  {need['name']} {need['here'] or '-'}" + (f"  ({need['problem']})" if need["problem"] else ""))
