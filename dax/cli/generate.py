@@ -1,0 +1,78 @@
+"""`dax generate`: a prompt to a clip. The work is in `dax.generate.run`."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+
+def command(
+    prompt: Annotated[str, typer.Argument(help="what the clip shows")],
+    output: Annotated[str | None, typer.Option("-o", "--output", help=".mp4, .npz (frames) or .png (sheet)")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="diffusers folder or hub id; default: the embedded tiny Wan")
+    ] = None,
+    plan: Annotated[str | None, typer.Option(help="preset or YAML file")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="key=value over the plan; may be repeated")] = None,
+    height: Annotated[int | None, typer.Option(help="pixels")] = None,
+    width: Annotated[int | None, typer.Option(help="pixels")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="4 n + 1")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 or less: no guidance")] = None,
+    flow_shift: Annotated[float | None, typer.Option(help="shift of the noise levels")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="what it should not show")] = None,
+    seed: Annotated[int | None, typer.Option(help="default 0")] = None,
+    fps: Annotated[int | None, typer.Option(help="frames per second of the file")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output if it exists")] = False,
+    round: Annotated[bool, typer.Option("--round", help="move a size to the nearest the model can make")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read all weights: finite, and as their digests say")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="a fallback is an error")] = False,
+    allow_empty_prompt: Annotated[bool, typer.Option("--allow-empty-prompt")] = False,
+    keep_frames_on_error: Annotated[
+        str | None, typer.Option(help="where to save the frames (.npz) if the output cannot be written")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Generate a clip. Its path (or a JSON record) goes to stdout, progress to stderr."""
+    from dax.generate.run import Job, generate, last_line
+
+    def log(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if model is None:
+        log("no --model: the embedded tiny Wan")
+    given = {
+        "prompt": prompt,
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "flow_shift": flow_shift,
+        "negative_prompt": negative_prompt,
+        "seed": seed,
+        "fps": fps,
+    }
+    job = Job(
+        given,
+        output,
+        model,
+        plan,
+        tuple(sets or ()),
+        device,
+        overwrite,
+        round,
+        verify,
+        strict,
+        allow_empty_prompt,
+        keep_frames_on_error,
+    )
+    record = generate(job, log)
+    for warning in record["warnings"]:
+        log(f"warning: {warning}")
+    log(last_line(record))
+    print(json.dumps(record) if as_json else record["path"])

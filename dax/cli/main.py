@@ -1,0 +1,104 @@
+"""The command `dax`: its commands, and how every failure ends in one line and an exit code.
+
+Nothing heavy is imported here: `dax --help` must answer before torch could be loaded.
+"""
+
+import os
+import signal
+import sys
+import traceback
+
+import typer
+
+from dax.cli import bench, doctor, explain, generate, inspect
+from dax.errors import EXIT_CODES, DaxError
+
+app = typer.Typer(
+    name="dax",
+    help="Diffusion Accelerated eXecution: run diffusion transformers faster, and know what it cost.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-") if token.startswith("-") else token,
+    },
+)
+for module in (generate, explain, bench, inspect, doctor):
+    app.command(module.__name__.rpartition(".")[2])(module.command)
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the program stands, so that temporary files are removed on the way out."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and end the process with the exit code of dax/errors.py."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verbose = any(word in ("-v", "--verbose") for word in arguments)
+    arguments = [word for word in arguments if word not in ("-v", "--verbose")]
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    listen()
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="dax", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except BaseException as error:
+        if verbose and not isinstance(error, SystemExit | typer.Exit):
+            traceback.print_exc()
+        code, line = ending(error)
+        if line:
+            print(f"dax: {line}", file=sys.stderr)
+    if code == BROKEN_PIPE:  # nobody reads: keep the interpreter from trying again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
+
+
+BROKEN_PIPE = 128 + signal.SIGPIPE
+INTERRUPTED = EXIT_CODES["interrupted"]
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """(exit code, one line for stderr or "") of whatever ended a command.
+
+    The parser's errors are told by their names: which package they come from differs between versions of typer.
+    """
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, DaxError):
+        return error.exit_code, one_line(str(error))
+    if isinstance(error, KeyboardInterrupt | typer.Abort) or getattr(error, "exit_code", 0) == INTERRUPTED:
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, Terminated):
+        return EXIT_CODES["terminated"], "terminated"
+    if isinstance(error, typer.Exit):
+        return error.exit_code, ""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1, ""
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE, ""
+    if "NoArgsIsHelpError" in kinds:
+        return EXIT_CODES["bad_request"], error.format_message()
+    if "UsageError" in kinds:
+        context = getattr(error, "ctx", None)
+        command = context.command_path.removeprefix("dax").strip() if context else ""
+        return EXIT_CODES["bad_request"], (f"{command}: " if command else "") + one_line(error.format_message())
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{os.path.basename(where.filename)}:{where.lineno}"
+    return EXIT_CODES["bug"], f"bug at {place}: {type(error).__name__}: {one_line(str(error))} (-v shows where)"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def listen() -> None:
+    """SIGINT and SIGTERM unwind the program once; a second one ends it at once."""
+
+    def on_signal(number, frame):
+        for caught in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(caught, lambda number, frame: os._exit(128 + number))
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)

@@ -1,0 +1,129 @@
+"""What clip is wanted: one frozen Request, checked in full before anything heavy is imported.
+
+`make_request` fills in what a model is meant for and refuses every value that would fail later, or, worse, succeed with
+something else. Rows 1 to 15 of docs/faults.md.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+from dax.errors import DaxError
+from dax.facts import Facts
+
+MAX_PROMPT = 10_000  # characters
+MAX_SIDE = 8192  # pixels
+MAX_FRAMES = 100_001
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+MAX_FPS = 240
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clip. Sizes in pixels and frames, fps in frames per second; the field names are those of the command line."""
+
+    prompt: str
+    height: int
+    width: int
+    num_frames: int
+    steps: int
+    guidance_scale: float
+    flow_shift: float
+    fps: int
+    negative_prompt: str = ""
+    seed: int = 0
+
+
+def make_request(
+    facts: Facts, given: dict, round: bool = False, allow_empty_prompt: bool = False
+) -> tuple[Request, list[str]]:
+    """(Request, warnings) of the given fields, the others as the model is meant to be used.
+
+    A value of None counts as not given. `round` moves a size to the nearest one the model can make, and a warning says
+    so. DaxError("bad_request") names the field, its value and the way out.
+    """
+    unknown = set(given) - {field.name for field in fields(Request)}
+    if unknown:
+        raise DaxError("bad_request", f"unknown request field {sorted(unknown)[0]!r}")
+    values = {**vars(facts.defaults), **{name: value for name, value in given.items() if value is not None}}
+    if "prompt" not in values:
+        raise DaxError("bad_request", "no prompt")
+    check_text("prompt", values["prompt"])
+    check_text("negative_prompt", values.get("negative_prompt", ""))
+    if not values["prompt"].strip() and not allow_empty_prompt:
+        raise DaxError("bad_request", "the prompt is empty: describe the clip, or pass --allow-empty-prompt")
+    check_whole("seed", values.get("seed", 0), 0, MAX_SEED)
+    check_whole("steps", values["steps"], 1, MAX_STEPS)
+    check_whole("fps", values["fps"], 1, MAX_FPS)
+    check_real("guidance_scale", values["guidance_scale"], 0, 100)
+    check_real("flow_shift", values["flow_shift"], 0.01, 100)
+    warnings = []
+    for name, least, most, step, offset in (
+        ("height", facts.size_multiple, MAX_SIDE, facts.size_multiple, 0),
+        ("width", facts.size_multiple, MAX_SIDE, facts.size_multiple, 0),
+        ("num_frames", 1, MAX_FRAMES, facts.vae_temporal, 1),
+    ):
+        value = values[name]
+        check_whole(name, value, 1, most)
+        below = (value - offset) // step * step + offset
+        choices = [size for size in (below, below + step) if least <= size <= most]
+        if value in choices:
+            continue
+        nearest = min(choices, key=lambda size: abs(size - value))
+        if not round:
+            rule = f"a multiple of {step}" + (f" plus {offset}" if offset else "")
+            or_else = " or ".join(map(str, choices))
+            raise DaxError("bad_request", f"{name} {value} must be {rule} (nearest {or_else}; --round picks one)")
+        warnings.append(f"{name} {value} rounded to {nearest}")
+        values[name] = nearest
+    for name in ("guidance_scale", "flow_shift"):
+        values[name] = float(values[name])
+    return Request(**values), warnings
+
+
+def check_text(name: str, value) -> None:
+    """DaxError for what is no text, holds characters no text has, or is too long to be a prompt."""
+    if not isinstance(value, str):
+        raise DaxError("bad_request", f"{name} must be text, not {type(value).__name__}")
+    if len(value) > MAX_PROMPT:
+        raise DaxError("bad_request", f"{name} has {len(value)} characters: at most {MAX_PROMPT}")
+    if "\0" in value:
+        raise DaxError("bad_request", f"{name} holds a NUL character: remove it")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DaxError("bad_request", f"{name} is not valid Unicode: it holds a lone surrogate")
+
+
+def check_whole(name: str, value, least: int, most: int) -> None:
+    if type(value) is not int:
+        raise DaxError("bad_request", f"{name} {value!r} must be a whole number")
+    if not least <= value <= most:
+        raise DaxError("bad_request", f"{name} {value} must lie from {least} to {most}")
+
+
+def check_real(name: str, value, least: float, most: float) -> None:
+    if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+        raise DaxError("bad_request", f"{name} {value!r} must be a number from {least} to {most}")
+
+
+def memory_bytes(facts: Facts, request: Request, weights: int, itemsize: int) -> int:
+    """Estimate of the most memory the job needs at once: weights, and the larger of a block's or the decoder's peak.
+
+    weights   bytes as loaded;  itemsize  bytes per activation
+    """
+    tokens = facts.tokens(request.height, request.width, request.num_frames)
+    block = itemsize * tokens * (8 * facts.width + 2 * facts.ffn_dim)
+    pixels = request.height * request.width
+    decoder = 4 * pixels * (4 * 96 * 3)  # four frames, 96 channels at full size, three alive
+    clip = 3 * pixels * request.num_frames * (4 + 4 + 4 + 1)  # decoded, joined, scaled; then bytes
+    return weights + max(block, decoder + clip)
+
+
+def check_memory(facts: Facts, request: Request, weights: int, itemsize: int, memory_gib: float | None) -> None:
+    """DaxError("unsupported") if the estimate exceeds the memory there is. None: unknown, nothing to say."""
+    need = memory_bytes(facts, request, weights, itemsize) / 2**30
+    if memory_gib is not None and need > memory_gib:
+        raise DaxError(
+            "unsupported",
+            f"{request.height}x{request.width}x{request.num_frames} needs about {need:.1f} GiB and there are "
+            f"{memory_gib:.1f}: fewer frames, a smaller size, or a larger machine",
+        )

@@ -1,0 +1,341 @@
+"""The job, from a prompt to a file, in one direction: check everything, load, optimize, text, denoise, decode, write.
+
+Whatever can be refused is refused before a weight is read. The loop is the pipeline's own; here are only the stages
+around it, their clocks, and the record of what was done.
+"""
+
+import resource
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from dax.errors import DaxError
+from dax.facts import FACTS
+from dax.generate import video
+from dax.generate.request import check_memory, make_request
+from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `dax generate` was asked for. `given` holds the request's fields that were stated."""
+
+    given: dict
+    output: str | None = None
+    model: str | None = None
+    plan: str | None = None
+    sets: tuple[str, ...] = ()
+    device: str | None = None
+    overwrite: bool = False
+    round: bool = False
+    verify: bool = False
+    strict: bool = False
+    allow_empty_prompt: bool = False
+    keep_frames_on_error: str | None = None
+
+
+@dataclass
+class Clock:
+    """Seconds per stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str):
+        start = time.perf_counter()
+        yield
+        synchronize()
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+def generate(job: Job, log=lambda text: None) -> dict:
+    """Run the job and return its record, the JSON object of `dax generate --json`.
+
+    DaxError before anything is loaded for a bad request, plan, model or output; "check_failed" for a clip that is not
+    finite; "cannot_write" when the file cannot be written. Costs the model's bytes and its run time.
+    """
+    start = time.perf_counter()
+    checked = check_model(job)
+    facts = checked.facts
+    request, remarks = make_request(facts, job.given, job.round, job.allow_empty_prompt)
+    asked, _ = Plan.from_layers(
+        [plan_layer(job.plan or DEFAULT_PRESET), *((f"--set {text}", parse_set(text)) for text in job.sets)]
+    )
+    path = Path(job.output or video.default_name(request.prompt, request.seed, asked.hash()))
+    video.check_target(path, job.overwrite)
+    rescue = Path(job.keep_frames_on_error) if job.keep_frames_on_error else None
+    if rescue is not None:
+        if rescue.suffix != ".npz":
+            raise DaxError("cannot_write", f"--keep-frames-on-error {rescue}: must end in .npz")
+        video.check_target(rescue, overwrite=False)
+
+    import torch
+
+    from dax.hardware import machine
+    from dax.optimize import resolve
+
+    here = machine(job.device)
+    dtype = torch.bfloat16 if here.device == "cuda" else torch.float32
+    check_memory(facts, request, checked.bytes * (1 if here.device == "cuda" else 2), dtype.itemsize, here.memory_gib)
+    resolve(asked, facts, here, job.strict, str(dtype).removeprefix("torch."))  # refuses before loading
+
+    clock = Clock()
+    with out_of_memory(request):
+        with clock.stage("load"):
+            pipe = load(checked, here.device, dtype)
+            checked.unchanged()
+            set_flow_shift(pipe, request.flow_shift)
+        from dax.optimize import optimize
+
+        with optimize(pipe, asked, strict=job.strict) as engine, Forwards(pipe.transformer) as forwards:
+            remarks += engine.fallbacks
+            log(engine.summary())
+            with clock.stage("text"):
+                embeds = encode(pipe, request, remarks)
+            with clock.stage("denoise"):
+                latents = denoise(pipe, request, *embeds)
+            with clock.stage("decode"):
+                frames = decode(pipe, latents)
+    record = {
+        "path": str(path),
+        "model": job.model or "tiny",
+        "model_digest": checked.digest,
+        **asdict(request),
+        "plan": engine.plan.model_dump(),
+        "plan_hash": engine.plan.hash(),
+        "computed": forwards.computed(guided=request.guidance_scale > 1),
+        "peak_memory_gib": round(peak_memory_gib(here.device), 2),
+        "device": here.name,
+        "versions": {**here.packages, "dax-engine": version(), "python": sys.version.split()[0]},
+        "warnings": remarks,
+    }
+    try:
+        with clock.stage("write"):
+            # the record in the file cannot know how long writing it takes
+            video.write(path, frames, request.fps, {**record, "seconds": dict(clock.seconds)}, job.overwrite)
+    except DaxError as error:
+        if rescue is None:
+            raise
+        video.write(rescue, frames, request.fps, record)
+        raise DaxError(error.code, f"{error}; the frames are in {rescue}") from None
+    total = round(time.perf_counter() - start, 3)
+    return {**record, "seconds": {**clock.seconds, "total": total}}
+
+
+def check_model(job: Job):
+    """The preflight of the folder, the hub's model or the embedded one."""
+    from dax.generate.preflight import locate, preflight
+    from dax.models.tiny import FOLDER
+
+    if job.model in (None, "tiny"):
+        return preflight(FOLDER, job.verify)
+    if job.model in FACTS:
+        raise DaxError(
+            "bad_model", f"--model {job.model}: only its shapes are known; give a diffusers folder or a hub id"
+        )
+    return preflight(locate(job.model), job.verify)
+
+
+def load(checked, device: str, dtype):
+    """The pipeline, from safetensors only and nothing but local files. The VAE stays in fp32, as its authors run it."""
+    import torch
+    from diffusers import WanPipeline
+
+    try:
+        with quiet():
+            pipe = WanPipeline.from_pretrained(
+                checked.folder,
+                dtype={"default": dtype, "vae": torch.float32},
+                use_safetensors=True,
+                local_files_only=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if "out of memory" in str(error) or "allocate memory" in str(error):
+            raise
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DaxError("bad_model", f"{checked.folder}: diffusers cannot load it: {first}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@contextmanager
+def quiet():
+    """Libraries keep their own progress bars and advice to themselves meanwhile."""
+    import diffusers.utils.logging as diffusers
+    import transformers.utils.logging as transformers
+
+    libraries = (diffusers, transformers)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for library in libraries:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library, (verbosity, bars) in zip(libraries, before, strict=True):
+                library.set_verbosity(verbosity)
+                if bars:
+                    library.enable_progress_bar()
+
+
+def set_flow_shift(pipe, flow_shift: float) -> None:
+    """Give the pipeline a scheduler of the same kind with that shift of its noise levels."""
+    name = "flow_shift" if "flow_shift" in pipe.scheduler.config else "shift"
+    if pipe.scheduler.config.get(name) != flow_shift:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{name: flow_shift})
+
+
+def encode(pipe, request, remarks: list[str]):
+    """Embeddings of the prompt and of the negative one (None without guidance), each [1, 512, text_dim]."""
+    import torch
+
+    length = len(pipe.tokenizer(pipe_clean(request.prompt)).input_ids)
+    limit = 512
+    if length > limit:
+        remarks.append(f"the prompt has {length} tokens: the last {length - limit} are not used")
+    with torch.no_grad():
+        return pipe.encode_prompt(
+            request.prompt,
+            request.negative_prompt,
+            do_classifier_free_guidance=request.guidance_scale > 1,
+            max_sequence_length=limit,
+            device=pipe._execution_device,
+        )
+
+
+def pipe_clean(text: str) -> str:
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    return prompt_clean(text)
+
+
+def denoise(pipe, request, prompt_embeds, negative_embeds):
+    """The pipeline's own loop, noise from a CPU generator so that a seed means the same everywhere.
+
+    Returns latents [1, 16, F, H / 8, W / 8] fp32. DaxError("check_failed") if one is not finite.
+    """
+    import torch
+    from tqdm import tqdm
+
+    with tqdm(total=request.steps, desc="denoise", unit="step", disable=None, file=sys.stderr) as bar:
+
+        def step_done(pipe, step, timestep, tensors):
+            bar.update()
+            return tensors
+
+        latents = pipe(
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_embeds,
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            output_type="latent",
+            callback_on_step_end=step_done,
+            callback_on_step_end_tensor_inputs=[],
+        ).frames
+    if not torch.isfinite(latents).all():
+        raise DaxError("check_failed", f"the latents are not finite after {request.steps} steps: no clip was written")
+    return latents
+
+
+def decode(pipe, latents):
+    """Latents to frames [T, H, W, 3] uint8 (numpy). DaxError("check_failed") if a pixel is not finite."""
+    import torch
+
+    vae = pipe.vae
+    shape = (1, vae.config.z_dim, 1, 1, 1)
+    latents = latents.to(vae.device, vae.dtype)
+    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
+    inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
+    with torch.no_grad():
+        clip = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
+    if not torch.isfinite(clip).all():
+        raise DaxError("check_failed", "the decoded frames are not finite: no clip was written")
+    frames = pipe.video_processor.postprocess_video(clip, output_type="np")[0]
+    return (frames * 255).round().astype("uint8")
+
+
+class Forwards:
+    """Counts the forwards of a transformer that really run its blocks."""
+
+    def __init__(self, transformer):
+        self.block, self.count = transformer.blocks[0], 0
+
+    def __enter__(self):
+        self.handle = self.block.register_forward_pre_hook(self.add)
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+    def add(self, *_) -> None:
+        self.count += 1
+
+    def computed(self, guided: bool) -> dict[str, int]:
+        """{"cond": n, "uncond": n}: with guidance the pipeline runs both in every step."""
+        return (
+            {"cond": self.count - self.count // 2, "uncond": self.count // 2}
+            if guided
+            else {
+                "cond": self.count,
+                "uncond": 0,
+            }
+        )
+
+
+@contextmanager
+def out_of_memory(request):
+    """Turn a failed allocation into one line with ways out."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            if "allocate memory" not in str(error):
+                raise
+        raise DaxError(
+            "out_of_memory",
+            f"{request.height}x{request.width}x{request.num_frames} does not fit: fewer frames, a smaller size, or a "
+            "device with more memory",
+        ) from error
+
+
+def synchronize() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_memory_gib(device: str) -> float:
+    """Of the device's allocator, or of the whole process on a CPU."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def version() -> str:
+    from dax import __version__
+
+    return __version__
+
+
+def last_line(record: dict) -> str:
+    """What people quote: file, clip, time, forwards, device, plan."""
+    seconds, computed = record["seconds"], record["computed"]
+    return (
+        f"{record['path']}: {record['num_frames']} frames {record['width']}x{record['height']} in "
+        f"{seconds['total']:.1f} s (denoise {seconds['denoise']:.1f} s, {record['steps']} steps, "
+        f"{computed['cond']} + {computed['uncond']} forwards), {record['peak_memory_gib']:.1f} GiB, on "
+        f"{record['device']}, plan {record['plan_hash'][:8]}, seed {record['seed']}"
+    )

@@ -1,0 +1,190 @@
+"""The command as a shell sees it: exit codes, one-line errors, streams, signals, start-up time."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+SMALL = ["a red circle", "--height", "32", "--width", "32", "--num-frames", "5", "--steps", "2"]
+
+
+def dax(*arguments, cwd=None, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "dax", *arguments],
+        cwd=cwd, capture_output=True, text=True, env=options.pop("env", ENVIRONMENT), timeout=120, **options,
+    )  # fmt: skip
+
+
+def assert_refused(ended, code: int, says: str) -> None:
+    """One line on stderr (after the note on the default model), nothing on stdout."""
+    lines = [line for line in ended.stderr.splitlines() if not line.startswith("no --model")]
+    assert ended.returncode == code, ended.stderr
+    assert len(lines) == 1 and says in lines[0] and lines[0].startswith("dax: ")
+    assert ended.stdout == ""
+
+
+def test_help_is_quick_and_needs_no_torch():
+    script = textwrap.dedent("""
+        import sys
+        from dax.cli.main import main
+        try:
+            main(["--help"])
+        finally:
+            print(sorted({"torch", "diffusers", "numpy", "transformers"} & set(sys.modules)), file=sys.stderr)
+    """)
+    best = 9.0
+    for _ in range(3):
+        start = time.perf_counter()
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT)
+        best = min(best, time.perf_counter() - start)
+    assert ended.returncode == 0 and ended.stderr.strip() == "[]"
+    assert best < 0.5
+    for command in ("generate", "explain", "bench", "inspect", "doctor"):
+        assert command in ended.stdout
+
+
+@pytest.mark.parametrize("command", ["generate", "explain", "bench", "inspect", "doctor"])
+def test_every_command_has_help(command):
+    ended = dax(command, "--help")
+    assert ended.returncode == 0 and "Usage: dax" in ended.stdout
+
+
+def test_generate_and_inspect(tmp_path):
+    ended = dax("generate", *SMALL, "-o", "clip.mp4", "--json", "--guidance_scale", "3", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    record = json.loads(ended.stdout)
+    assert record["guidance_scale"] == 3.0 and record["path"] == "clip.mp4"
+    assert ended.stderr.splitlines()[0] == "no --model: the embedded tiny Wan"
+    assert ended.stderr.splitlines()[-1].startswith("clip.mp4: 5 frames 32x32 in ")
+    inspected = dax("inspect", "clip.mp4", cwd=tmp_path)
+    assert json.loads(inspected.stdout)["prompt"] == "a red circle"
+
+
+def test_the_default_name_and_a_plain_path_on_stdout(tmp_path):
+    ended = dax("generate", *SMALL, "--seed", "5", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("outputs/a-red-circle-s5-") and (tmp_path / ended.stdout.strip()).is_file()
+    assert_refused(dax("generate", *SMALL, "--seed", "5", cwd=tmp_path), 6, "exists; pass --overwrite")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["generate", "x", "--heigth", "32"], 2, "--heigth"),
+        (["generate"], 2, "PROMPT"),
+        (["generate", "x", "--steps", "many"], 2, "--steps"),
+        (["generate", "x", "--height", "33"], 2, "nearest 32 or 48"),
+        (["generate", "x", "--plan", "qaunt"], 2, "unknown plan 'qaunt'"),
+        (["generate", "x", "--set", "attention.kernel=fast"], 2, "attention.kernel = 'fast'"),
+        (["generate", "x", "--model", "/nowhere"], 3, "/nowhere"),
+        (["generate", "x", "-o", "clip.gif"], 6, "unknown suffix '.gif'"),
+        (["inspect", "/nowhere.mp4"], 2, "no such file"),
+        (["render"], 2, "render"),
+    ],
+)
+def test_bad_use_is_one_line(tmp_path, arguments, code, says):
+    assert_refused(dax(*arguments, cwd=tmp_path), code, says)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.fault(42)
+def test_row_42_a_closed_stdout_ends_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        ended = subprocess.run(
+            [sys.executable, "-m", "dax", "explain", "--json"],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
+    assert ended.returncode == 141
+    assert ended.stderr.splitlines() == ["no --model: the embedded tiny Wan"]
+
+
+@pytest.mark.fault(42)
+def test_row_42_a_plain_terminal(tmp_path):
+    import numpy as np
+
+    from dax.generate import video
+
+    video.write(tmp_path / "a.npz", np.zeros((1, 16, 16, 3), np.uint8), 8, {"prompt": "\u2605 \U0001f600"})
+    plain = {
+        **ENVIRONMENT,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "COLUMNS": "20",
+        "TERM": "dumb",
+    }
+    ended = dax("inspect", "a.npz", cwd=tmp_path, env=plain)
+    assert ended.returncode == 0 and ended.stdout.isascii() and "\\u2605" in ended.stdout
+    assert dax("--help", env=plain).returncode == 0
+
+
+STAGES = {"text": "run.encode", "denoise": "run.denoise", "decode": "run.decode", "write": "video.check_readable"}
+
+
+def start_and_wait(tmp_path, stage: str, stubborn: bool = False) -> subprocess.Popen:
+    """A real run that stops inside a stage and says so; `stubborn` ones do not unwind."""
+    module, _, name = STAGES[stage].partition(".")
+    script = f"""
+        import sys, time
+        from dax.generate import run, video
+        honest = {module}.{name}
+        def pause(*arguments):
+            if {stage == "write"}:
+                honest(*arguments)
+            print("inside", flush=True)
+            while True:
+                try:
+                    time.sleep(60)
+                except BaseException:
+                    if not {stubborn}:
+                        raise
+                    print("unmoved", flush=True)
+        {module}.{name} = pause
+        from dax.cli.main import main
+        main(["generate", *{SMALL!r}, "-o", "clip.mp4"])
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert process.stdout.readline() == "inside\n", process.stderr.read()
+    return process
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("signal", "code", "word"),
+    [
+        pytest.param(2, 130, "interrupted", marks=pytest.mark.fault(44)),
+        pytest.param(15, 143, "terminated", marks=pytest.mark.fault(45)),
+    ],
+)
+def test_rows_44_and_45_a_signal_in_any_stage(tmp_path, stage, signal, code, word):
+    process = start_and_wait(tmp_path, stage)
+    assert bool(os.listdir(tmp_path)) == (stage == "write")
+    process.send_signal(signal)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert errors.splitlines()[-1] == f"dax: {word}" and "Traceback" not in errors
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.fault(44)
+def test_row_44_a_second_signal_is_a_hard_exit(tmp_path):
+    process = start_and_wait(tmp_path, "denoise", stubborn=True)
+    process.send_signal(2)
+    assert process.stdout.readline() == "unmoved\n"
+    process.send_signal(2)
+    assert process.wait(timeout=5) == 130
