@@ -15,6 +15,8 @@ from torch import nn
 from dax.errors import DaxError
 from dax.facts import Facts, facts_from_config
 
+INDEX_KEYS = ("_class_name", "transformer", "transformer_2", "boundary_ratio", "expand_timesteps")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -49,7 +51,10 @@ def target_of(model) -> Target:
     if isinstance(model, nn.Module):
         return Target(None, (model,), facts_from_config(None, config_of(model)))
     transformer = getattr(model, "transformer", None)
-    facts = facts_from_config(config_of(model), config_of(getattr(transformer, "_orig_mod", transformer)))
+    if not hasattr(transformer, "config"):
+        raise DaxError("bad_model", f"{type(model).__name__} has no transformer that DAX knows")
+    index = {key: value for key, value in config_of(model).items() if key in INDEX_KEYS}  # schedulers may be one's own
+    facts = facts_from_config(index, config_of(getattr(transformer, "_orig_mod", transformer)))
     if hasattr(transformer, "_orig_mod"):
         raise DaxError(
             "bad_request", "pipe.transformer is compiled already: pass it uncompiled and set compile = blocks"
