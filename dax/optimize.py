@@ -104,7 +104,7 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
 
 
 def device_of(transformer) -> str:
-    """ "cuda" or "cpu": where the transformer runs, which under CPU offload is not where it lies."""
+    """Where the transformer runs, "cuda" or "cpu": under CPU offload that is not where it lies."""
     offload = getattr(transformer, "_hf_hook", None)
     device = getattr(offload, "execution_device", None) or transformer.device
     return "cuda" if "cuda" in str(device) or type(device) is int else "cpu"
