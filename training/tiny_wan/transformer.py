@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from . import scenes
+from . import scenes, whole_clip
 
 TEXT_LENGTH = 512
 TEXT_DIM = 192
@@ -80,7 +80,7 @@ def encode_clips(vae, num_clips, device, seed):
     for start in range(0, num_clips, 64):
         batch_scenes, _, x = scenes.batch(64, seed + start, device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            z = vae.encode(x * 2 - 1).latent_dist.mode().float()
+            z = whole_clip.encode(vae, x * 2 - 1)[0].float()
         latents.append(((z - mean) / std).bfloat16())
         drawn += batch_scenes
     return torch.cat(latents), drawn

@@ -1,0 +1,52 @@
+"""`dax bench block`: the transformer blocks alone, one after the other, on seeded Gaussian inputs of the real size."""
+
+from dax.bench import roofline
+from dax.bench.size import Size
+from dax.facts import Facts
+
+
+def calls_of(facts: Facts, model, size: Size, device: str):
+    """(calls, origin): `calls(arranged)` runs all blocks of an arranged twin of `model` over the same inputs."""
+    inputs = block_inputs(facts, model, size, device)
+
+    def calls(arranged):
+        def call():
+            hidden = inputs["hidden_states"]
+            for block in arranged.blocks:
+                hidden = block(hidden, inputs["text"], inputs["temb"], inputs["rotary_emb"])
+            return hidden
+
+        return call
+
+    return calls, inputs["hidden_states"]
+
+
+def block_inputs(facts: Facts, model, size: Size, device: str) -> dict:
+    """What a block is called with.
+
+    hidden_states [1, S, C], text [1, T, C], temb [1, 6, C]   bf16, Gaussian, the same for the same device
+    rotary_emb    the model's own (cos, sin) table of that size
+    """
+    import torch
+
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = facts.tokens(size.height, size.width, size.num_frames)
+
+    def gaussian(*shape, std=1.0):
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16) * std
+
+    latents = facts.latent_shape(size.height, size.width, size.num_frames)
+    with torch.no_grad():
+        rotary_emb = model.rope(torch.empty(1, device=device).expand(1, *latents))
+    return {
+        "hidden_states": gaussian(1, tokens, facts.width),
+        "text": gaussian(1, facts.text_tokens, facts.width),
+        "temb": gaussian(1, 6, facts.width, std=0.5),
+        "rotary_emb": rotary_emb,
+    }
+
+
+def operations_of(facts: Facts, size: Size, num_layers: int, attention_dtype: str) -> list[roofline.Operation]:
+    """What one call costs."""
+    tokens = facts.tokens(size.height, size.width, size.num_frames)
+    return roofline.block_operations(facts, tokens, attention_dtype=attention_dtype, count=num_layers)

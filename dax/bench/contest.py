@@ -1,0 +1,202 @@
+"""One bench, from what was typed to its record: rows are arranged, checked against stock eager, then timed in turns.
+
+A row whose result is off ends the bench: no time is printed beside a wrong answer.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dax.bench import report, rivals, roofline
+from dax.bench.model import LOGIT_STD, build, facts_of
+from dax.bench.size import checked_size
+from dax.bench.timing import Timing, measure
+from dax.errors import DaxError
+from dax.facts import Facts
+
+DEFAULT_BLOCKS = 4
+COLUMNS = {
+    "label": "stack",
+    "ms_per_layer": "ms/layer",
+    "ceiling_ms_per_layer": "ceiling ms",
+    "of_ceiling_pct": "% of ceiling",
+    "video_s": "video s",
+    "error": "error",
+    "first_call_s": "first call s",
+    "peak_gib": "peak GiB",
+    "sm_mhz": "SM MHz",
+    "watts": "W",
+}
+
+
+@dataclass
+class Result:
+    """One row, measured. `error` is the relative L2 distance to eager of what the model adds to its input."""
+
+    row: rivals.Row
+    error: float
+    first_call_s: float
+    peak_gib: float | None
+    timing: Timing
+
+
+def bench(
+    subject: str,
+    model: str | None = None,
+    size: tuple[int | None, int | None, int | None] = (None, None, None),
+    num_layers: int | None = None,
+    rows: str | None = None,
+    plans: list[str] | tuple = (),
+    warm_up_s: float = 5.0,
+    timed_s: float = 5.0,
+    device: str | None = None,
+    log=print,
+) -> dict:
+    """Run `block` or `forward` and return its record (see report.record). Everything that can be refused is, first."""
+    chosen = rivals.rows_named(rows, list(plans))
+    if model is None:
+        log("no --model: the embedded tiny Wan's shapes")
+    facts = facts_of(model or "tiny")
+    folder = model if model and Path(model).is_dir() else None
+    pixels = checked_size(facts, size)
+    if num_layers is not None and not 1 <= num_layers <= facts.num_layers:
+        raise DaxError("bad_request", f"--layers {num_layers}: {facts.name} has 1 to {facts.num_layers}")
+    if num_layers is None:
+        num_layers = min(DEFAULT_BLOCKS, facts.num_layers) if subject == "block" else facts.num_layers
+
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    transformer = build(facts, folder, device, num_layers)
+    tokens = facts.tokens(*asdict(pixels).values())
+    log(f"{facts.name}: {num_layers} of {facts.num_layers} blocks, {tokens} tokens, on {device}")
+    if subject == "block":
+        from dax.bench.block import calls_of, operations_of
+    else:
+        from dax.bench.forward import calls_of, operations_of
+
+    calls, origin = calls_of(facts, transformer, pixels, device)
+    with torch.no_grad():
+        results, left_out = run_rows(transformer, calls, origin, chosen, device, warm_up_s, timed_s, log)
+    machine = known_machine(device)
+    lines = []
+    for result in results:
+        operations = operations_of(facts, pixels, num_layers, "int8" if eight_bits(result.row) else "bf16")
+        lines.append(line(result, operations, machine, facts, num_layers))
+    return report.record(
+        subject,
+        device,
+        model=folder or facts.name,
+        **asdict(pixels),
+        tokens=tokens,
+        num_blocks=num_layers,
+        weights="folder" if folder else "random",
+        method={
+            "warm_up_s": warm_up_s,
+            "timed_s": timed_s,
+            "interleaved": True,
+            "logit_std": None if folder else LOGIT_STD,
+        },
+        rows=lines,
+        left_out=left_out,
+    )
+
+
+def run_rows(model, calls, origin, rows, device, warm_up_s, timed_s, log) -> tuple[list[Result], dict[str, str]]:
+    """Arrange, check and time every row: (results, {row left out: reason}).
+
+    `calls(arranged)` makes a row's call; `origin`, a tensor or 0, is taken off its output before comparing, because a
+    residual stream would hide an error. DaxError("check_failed") when a row's result is off.
+    """
+    import torch
+
+    gpu = device.startswith("cuda")
+    torch.compiler.reset()
+    ready, known_of, left_out = {}, {}, {}
+    with rivals.backends_restored():
+        eager, _ = rivals.arrange(model, rivals.RIVALS["eager"], device)
+        reference = calls(eager)().float() - origin
+        for row in rows:
+            arranged, reason = rivals.arrange(model, row, device)
+            if reason:
+                left_out[row.name] = reason
+                log(f"left out {row.name}: {reason}")
+                continue
+            call = calls(arranged)
+            if gpu:
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            output = call()
+            if gpu:
+                torch.cuda.synchronize()
+            first_call_s = time.perf_counter() - start
+            peak_gib = (torch.cuda.max_memory_allocated() - reference.nbytes) / 2**30 if gpu else None
+            error = relative_error(output.float() - origin, reference)
+            del output
+            log(f"{row.name}: first call {first_call_s:.1f} s, error {error:.4f} (limit {row.limit})")
+            if not error <= row.limit:  # so that NaN fails too
+                raise DaxError(
+                    "check_failed", f"{row.name}: result lies {error:.4f} from eager's, limit {row.limit}; not timed"
+                )
+            ready[row.name], known_of[row.name] = call, (row, error, first_call_s, peak_gib)
+        if not ready:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+            raise DaxError("unsupported", f"no row runs here: {reasons}")
+        del reference
+        timings = measure(ready, device, warm_up_s, timed_s)
+    return [Result(*known_of[name], timings[name]) for name in ready], left_out
+
+
+def line(result: Result, operations: list, machine, facts: Facts, num_layers: int) -> dict:
+    """One row of the record. `video_s` is for all layers, both branches of guidance and the model's usual steps."""
+    timing = result.timing
+    each = timing.ms / num_layers
+    ceiling = 1e3 * roofline.seconds(operations, machine, fused=True) / num_layers if machine else None
+    flops = roofline.total(operations)[0]
+    return {
+        "row": result.row.name,
+        "label": result.row.label,
+        "ms_per_layer": each,
+        "visits_ms_per_layer": [visit / num_layers for visit in timing.visits],
+        "low_ms_per_layer": timing.low_ms / num_layers,
+        "high_ms_per_layer": timing.high_ms / num_layers,
+        "tflops": flops / timing.ms / 1e9,
+        "ceiling_ms_per_layer": ceiling,
+        "of_ceiling_pct": 100 * ceiling / each if ceiling else None,
+        "video_s": each * facts.num_layers * 2 * facts.defaults.steps / 1e3,
+        "error": result.error,
+        "error_limit": result.row.limit,
+        "first_call_s": result.first_call_s,
+        "peak_gib": result.peak_gib,
+        "calls": timing.count,
+        "timed_s": timing.timed_s,
+        **asdict(timing.reading),
+    }
+
+
+def headline(result: dict) -> str:
+    """The line above the table."""
+    return (
+        f"{result['bench']} of {result['model']}: {result['height']}x{result['width']}x{result['num_frames']} = "
+        f"{result['tokens']} tokens, {result['num_blocks']} blocks, on {result['device']}"
+    )
+
+
+def relative_error(output, reference) -> float:
+    """||output - reference|| / ||reference||, in fp32."""
+    return ((output - reference).norm() / reference.norm()).item()
+
+
+def eight_bits(row: rivals.Row) -> bool:
+    """Whether the row's attention multiplies 8-bit numbers."""
+    return row.backend == "sage" or (row.plan is not None and row.plan.attention.kernel == "sage")
+
+
+def known_machine(device: str):
+    """The hardware of a GPU bench when DAX has its data sheet, else None: then no ceiling is printed."""
+    if not device.startswith("cuda"):
+        return None
+    from dax.hardware import machine
+
+    here = machine("cuda")
+    return here if here.peak_tflops else None

@@ -1,0 +1,183 @@
+"""`dax explain`: what a plan does to a model and what the model costs, on paper. No torch, no weights, no GPU.
+
+Counts come from Facts alone, times from the roofline of a card's data sheet: a lower bound, never a prediction of what
+a kernel reaches.
+"""
+
+import subprocess
+from dataclasses import asdict
+
+from dax.bench import roofline
+from dax.bench.model import facts_of
+from dax.bench.size import checked_size
+from dax.errors import DaxError, nearest
+from dax.facts import Facts
+from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
+
+ATTENTION_DTYPES = {"sage": "int8"}  # the arithmetic of each kernel; bf16 unless it says otherwise
+FORWARDS_PER_STEP = 2  # guidance runs the model with the prompt and without
+
+
+def explain(
+    model: str | None,
+    plan: str | None,
+    sets: list[str],
+    size: tuple[int | None, int | None, int | None],
+    steps: int | None,
+    hardware: str | None,
+    strict: bool = False,
+) -> dict:
+    """Everything `dax explain` prints, as one JSON-ready object. DaxError for a bad model, plan, size or card."""
+    facts = facts_of(model or "tiny")
+    pixels = checked_size(facts, size)
+    if steps is not None and steps < 1:
+        raise DaxError("bad_request", f"--steps {steps}: must be at least 1")
+    steps = steps or facts.defaults.steps
+    asked, provenance = Plan.from_layers(layers_of(plan, sets))
+    machine = card(hardware)
+    resolved, notes, fallbacks = resolved_plan(asked, facts, machine, strict)
+    tokens = facts.tokens(**asdict(pixels))
+    operations = roofline.forward_operations(
+        facts, **asdict(pixels), attention_dtype=ATTENTION_DTYPES.get(resolved.attention.kernel, "bf16")
+    )
+    fused = resolved.compile == "blocks"
+    parts = [part(op, machine, fused) for op in operations if op.flops or moved(op, fused)]
+    flops = roofline.total(operations)[0]
+    forward_s = roofline.seconds(operations, machine, fused) if machine else None
+    forwards = FORWARDS_PER_STEP * steps
+    return {
+        "model": facts.name,
+        **asdict(pixels),
+        "steps": steps,
+        "tokens": tokens,
+        "layers": facts.num_layers,
+        "parameters": facts.num_parameters,
+        "weights_gib": roofline.weight_bytes(facts) / 2**30,
+        "activations_gib": roofline.activation_bytes(facts, tokens) / 2**30,
+        "hardware": machine.name if machine else None,
+        "memory_gib": machine.memory_gib if machine else None,
+        "plan": {
+            key: {"value": value, "asked": asked[key], "from": provenance[key]}
+            for key, value in resolved.leaves().items()
+        },
+        "plan_hash": resolved.hash(),
+        "changes": changes(resolved, facts, machine),
+        "notes": notes,
+        "fallbacks": fallbacks,
+        "forward": {"tflop": flops / 1e12, "seconds_at_least": forward_s},
+        "video": {
+            "forwards": forwards,
+            "pflop": forwards * flops / 1e15,
+            "seconds_at_least": forwards * forward_s if machine else None,
+        },
+        "parts": parts,
+    }
+
+
+def layers_of(plan: str | None, sets: list[str]) -> list[tuple[str, dict]]:
+    """The plan's layers, lowest first: preset or file, then each --set."""
+    return [plan_layer(plan or DEFAULT_PRESET), *(("--set", parse_set(text)) for text in sets)]
+
+
+def card(hardware: str | None):
+    """The data sheet of `--hardware`, or of the GPU that nvidia-smi names here; None without one."""
+    from dax.hardware import MACHINES, card_key
+
+    if hardware is None:
+        seen = gpu_name()
+        return MACHINES.get(card_key(seen)) if seen else None
+    if hardware not in MACHINES:
+        raise DaxError("bad_request", f"--hardware: unknown card {hardware!r}{nearest(hardware, MACHINES)}")
+    return MACHINES[hardware]
+
+
+def gpu_name() -> str | None:
+    """The first GPU's name as nvidia-smi gives it, since asking torch would take seconds; None without a GPU."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=2, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(answer.stdout.splitlines()), None)
+
+
+def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool) -> tuple[Plan, list[str], list[str]]:
+    """(resolved plan, notes, fallbacks) on that card; as asked where no card is named."""
+    if machine is None:
+        return asked, [], []
+    from dax.optimize import resolve
+
+    resolved = resolve(asked, facts, machine, strict)
+    return resolved.plan, list(resolved.notes), list(resolved.fallbacks)
+
+
+def changes(plan: Plan, facts: Facts, machine) -> list[str]:
+    """What the plan does to the model, and on how many of its parts."""
+    from dax.attention import kernel_for_cross
+
+    kernel, layers = plan.attention.kernel, facts.num_layers
+    cross = kernel_for_cross(kernel, machine, head_dim=facts.head_dim) if machine else kernel
+    found = [
+        f"attention.kernel = {kernel}: {layers} self-attention layers",
+        f"attention.kernel = {cross}: {layers} cross-attention layers",
+    ]
+    if plan.compile == "blocks":
+        found.append(f"compile = blocks: {layers} transformer blocks")
+    return found
+
+
+def part(op: roofline.Operation, machine, fused: bool) -> dict:
+    """One operation of a forward, all its `count` together."""
+    seconds, bound = op.seconds(machine, fused) if machine else (None, None)
+    return {
+        "name": op.name,
+        "kind": op.kind,
+        "dtype": op.dtype if op.flops else None,
+        "count": op.count,
+        "gflop": op.count * op.flops / 1e9 if op.flops else None,
+        "gb": op.count * moved(op, fused) / 1e9,
+        "ms_at_least": 1e3 * seconds if machine else None,
+        "bound": bound,
+    }
+
+
+def moved(op: roofline.Operation, fused: bool) -> float:
+    """Bytes of one of it. A neighbour that was fused away moves none."""
+    return op.fused_bytes if fused else op.bytes
+
+
+def text(result: dict) -> str:
+    """The object for people."""
+    from dax.bench.report import table
+
+    pixels = f"{result['height']}x{result['width']}x{result['num_frames']}"
+    lines = [
+        f"{result['model']}: {result['layers']} layers, {result['parameters'] / 1e9:.3f} G parameters",
+        f"{pixels} = {result['tokens']} tokens, {result['steps']} steps",
+        f"memory of the transformer: weights {result['weights_gib']:.2f} GiB, activations about "
+        f"{result['activations_gib']:.2f} GiB" + (f", of {result['memory_gib']:.0f}" if result["memory_gib"] else ""),
+        "",
+        "plan",
+    ]
+    for key, entry in result["plan"].items():
+        asked = "" if entry["asked"] == entry["value"] else f" (asked: {entry['asked']})"
+        lines.append(f"  {key} = {entry['value']}{asked}, from {entry['from']}")
+    lines += [f"  {change}" for change in result["changes"]]
+    lines += [f"  note: {note}" for note in result["notes"]]
+    lines += [f"  fallback: {fallback}" for fallback in result["fallbacks"]]
+    where = f"on {result['hardware']}" if result["hardware"] else "no card named: --hardware h200 gives times"
+    lines += ["", f"one forward of one branch, {where}"]
+    columns = {"name": "part", "dtype": "dtype", "count": "count", "gflop": "GFLOP", "gb": "GB"}
+    if result["hardware"]:
+        columns |= {"ms_at_least": "ms at least", "bound": "bound"}
+    lines.append(table(result["parts"], columns))
+    forward, video = result["forward"], result["video"]
+    lines.append(f"forward: {forward['tflop']:.4g} TFLOP" + at_least(forward["seconds_at_least"]))
+    lines.append(
+        f"video: {video['forwards']} forwards, {video['pflop']:.4g} PFLOP" + at_least(video["seconds_at_least"])
+    )
+    return "\n".join(lines)
+
+
+def at_least(seconds: float | None) -> str:
+    return "" if seconds is None else f", at least {seconds:.4g} s"

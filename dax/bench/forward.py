@@ -1,0 +1,36 @@
+"""`dax bench forward`: a whole forward of the transformer, embeddings and head included, on seeded Gaussian inputs."""
+
+from dax.bench import roofline
+from dax.bench.size import Size
+from dax.facts import Facts
+
+
+def calls_of(facts: Facts, model, size: Size, device: str):
+    """(calls, origin): `calls(arranged)` runs one forward of one branch of an arranged twin of `model`."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def gaussian(*shape):
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    latents = gaussian(1, *facts.latent_shape(size.height, size.width, size.num_frames))
+    text = gaussian(1, facts.text_tokens, facts.text_dim)
+    timestep = torch.tensor([500], device=device)
+
+    def calls(arranged):
+        return lambda: arranged(latents, timestep, text, return_dict=False)[0]
+
+    return calls, 0
+
+
+def operations_of(facts: Facts, size: Size, num_layers: int, attention_dtype: str) -> list[roofline.Operation]:
+    """What one call costs."""
+    return roofline.forward_operations(
+        facts,
+        size.height,
+        size.width,
+        size.num_frames,
+        attention_dtype=attention_dtype,
+        num_layers=num_layers,
+    )

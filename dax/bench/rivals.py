@@ -1,0 +1,113 @@
+"""What is timed against what: stock diffusers in its known arrangements, and DAX under any plan.
+
+Every row runs on a twin of one model: new modules, the same tensors. So rows differ in how they run and in nothing
+else, and can take turns in one process. A row says how far its result may lie from the eager one.
+"""
+
+import copy
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from dax.errors import DaxError, nearest
+
+ROUNDING = 0.05  # bf16 throughout: another order of summation
+EIGHT_BITS = 0.15  # attention with 8-bit operands
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arrangement: a name for --rows, a label for people, and how to turn a twin into it.
+
+    `backend` is diffusers' name of its attention; `plan` a DAX plan (then the other two are not looked at).
+    `limit` is the largest relative error of what the blocks add to their input.
+    """
+
+    name: str
+    label: str
+    backend: str = "native"
+    compiled: bool = False
+    fullgraph: bool = True
+    limit: float = ROUNDING
+    plan: object = None
+
+
+RIVALS = {
+    row.name: row
+    for row in (
+        Row("eager", "diffusers eager"),
+        Row("compiled", "diffusers compiled blocks", compiled=True),
+        Row("eager-cudnn", "diffusers eager, cuDNN attention", "_native_cudnn"),
+        Row("compiled-cudnn", "diffusers compiled blocks, cuDNN attention", "_native_cudnn", True),
+        Row("fa3", "diffusers eager, FlashAttention-3", "_flash_3"),
+        Row("compiled-fa3", "diffusers compiled blocks, FlashAttention-3", "_flash_3", True),
+        Row("sage", "diffusers eager, SageAttention", "sage", limit=EIGHT_BITS),
+        Row("compiled-sage", "diffusers compiled (graph breaks), SageAttention", "sage", True, False, EIGHT_BITS),
+    )
+}
+DEFAULT_ROWS = ("eager", "compiled-cudnn", "fa3", "compiled-fa3", "sage", "compiled-sage")
+NEEDS_CUDA = ("_native_cudnn", "_flash_3", "sage")
+
+
+def rows_named(text: str | None, plans: list[str]) -> list[Row]:
+    """The rows of `--rows a,b` (None: the usual ones) and one per `--plan`. DaxError("bad_request") if unknown."""
+    names = DEFAULT_ROWS if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    rows: dict[str, Row] = {}
+    for name in names:
+        if name not in RIVALS:
+            raise DaxError("bad_request", f"--rows: unknown row {name!r}{nearest(name, RIVALS)}")
+        rows[name] = RIVALS[name]
+    for plan in plans:
+        rows[f"dax {plan}"] = plan_row(plan)
+    if not rows:
+        raise DaxError("bad_request", "--rows: nothing to time; give row names or a --plan")
+    return list(rows.values())
+
+
+def plan_row(name_or_path: str) -> Row:
+    """The row of DAX under a plan."""
+    from dax.plan import Plan
+
+    plan = Plan.load(name_or_path)
+    limit = EIGHT_BITS if plan.attention.kernel == "sage" else ROUNDING
+    return Row(f"dax {name_or_path}", f"DAX, plan {name_or_path}", limit=limit, plan=plan)
+
+
+def twin(model):
+    """A copy of the module tree that shares every parameter and buffer with the original, so it costs no memory."""
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared)
+
+
+def arrange(model, row: Row, device: str) -> tuple[object, str | None]:
+    """(a twin of `model` arranged as the row says, None), or (None, why this machine cannot run the row)."""
+    if row.plan is not None:
+        from dax.optimize import optimize
+
+        arranged = twin(model)
+        optimize(arranged, row.plan, strict=True)
+        return arranged, None
+    if row.backend in NEEDS_CUDA and not device.startswith("cuda"):
+        return None, f"{row.backend.strip('_')} attention needs an NVIDIA GPU"
+    arranged = twin(model)
+    try:
+        arranged.set_attention_backend(row.backend)
+    except (RuntimeError, ValueError, ImportError) as error:
+        return None, str(error).splitlines()[0]
+    if row.compiled:
+        arranged.compile_repeated_blocks(fullgraph=row.fullgraph)
+    return arranged, None
+
+
+@contextmanager
+def backends_restored():
+    """Rows may pick attention backends inside; diffusers' process-wide default and its log level come back after."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns once a row that backends are experimental
+    try:
+        with attention_backend(AttentionBackendName.NATIVE):
+            yield
+    finally:
+        logging.set_verbosity(level)

@@ -1,0 +1,147 @@
+"""What a Wan forward costs on paper: operations, FLOPs and bytes from Facts and a size alone, no torch.
+
+Each operation is bound by arithmetic or by traffic; its time on a machine is the larger of the two. A multiply-add is
+two FLOPs. `U` is one activation of the video, S tokens of C channels. Elementwise traffic is given twice: as stock
+diffusers moves it (every intermediate goes to memory) and with neighbours fused, which is what a compiler reaches.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from dax.facts import Facts
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step of a forward, `count` times over. `flops` and `bytes` are for one of them.
+
+    kind is gemm, attention or elementwise; `dtype` is the arithmetic's; `fused_bytes` the traffic after fusion.
+    """
+
+    name: str
+    kind: str
+    flops: float
+    bytes: float
+    fused_bytes: float
+    dtype: str = "bf16"
+    count: int = 1
+
+    def seconds(self, machine, fused: bool = False) -> tuple[float, str]:
+        """(time of all `count`, "compute" or "memory") on a machine with `peak_tflops[dtype]` and `bandwidth_tbs`."""
+        arithmetic = self.flops / (machine.peak_tflops[self.dtype] * 1e12) if self.kind != "elementwise" else 0.0
+        traffic = (self.fused_bytes if fused else self.bytes) / (machine.bandwidth_tbs * 1e12)
+        return self.count * max(arithmetic, traffic), "compute" if arithmetic >= traffic else "memory"
+
+
+def gemm(name: str, rows: int, inner: int, columns: int, dtype: str = "bf16", count: int = 1) -> Operation:
+    """[rows, inner] @ [inner, columns] + bias; bf16 in and out, 8-bit operands when dtype has 8 bits."""
+    size = 1 if dtype in ("int8", "fp8") else 2
+    moved = size * (rows * inner + inner * columns) + 2 * rows * columns
+    return Operation(name, "gemm", 2 * rows * inner * columns, moved, moved, dtype, count)
+
+
+def attention(name: str, queries: int, keys: int, width: int, dtype: str = "bf16", count: int = 1) -> Operation:
+    """softmax(q k^T) v over all heads: 4 x queries x keys x width FLOPs; q, k, v read once, the output written."""
+    size = 1 if dtype in ("int8", "fp8") else 2
+    moved = size * (queries + 2 * keys) * width + 2 * queries * width
+    return Operation(name, "attention", 4 * queries * keys * width, moved, moved, dtype, count)
+
+
+def elementwise(name: str, eager: float, fused: float, count: int = 1) -> Operation:
+    """Traffic only, in bytes."""
+    return Operation(name, "elementwise", 0, eager, fused, count=count)
+
+
+def block_operations(
+    facts: Facts, tokens: int, gemm_dtype: str = "bf16", attention_dtype: str = "bf16", count: int = 1
+) -> list[Operation]:
+    """One transformer block over `tokens` tokens at batch 1, `count` times over, in the order it runs.
+
+    The elementwise rows count every read and write of the stock block, in units of U = 2 S C bytes. Fused, a group that
+    spans two rows (a gate and the norm after it) is booked on the later one, the last gate on the next norm1.
+    """
+    S, C, F, T = tokens, facts.width, facts.ffn_dim, facts.text_tokens
+    U = 2 * S * C
+    gelu = 2 * 2 * S * F  # read and write S x F in bf16
+    affine = 10 * U if facts.cross_attn_norm else 0
+    return [
+        elementwise("norm1, modulate", 18 * U, 4 * U, count),
+        gemm("self q, k, v", S, C, C, gemm_dtype, 3 * count),
+        elementwise("self q, k RMS norm", 4 * U, 0, count),
+        elementwise("rotary embedding", 36 * U, 4 * U, count),
+        attention("self-attention", S, S, C, attention_dtype, count),
+        gemm("self out", S, C, C, gemm_dtype, count),
+        elementwise("gate, residual", 15 * U, 0, count),
+        elementwise("norm2", affine, 4 * U, count),
+        gemm("cross q", S, C, C, gemm_dtype, count),
+        gemm("cross k, v of the text", T, C, C, "bf16", 2 * count),
+        elementwise("cross q RMS norm", 2 * U, 2 * U, count),
+        attention("cross-attention", S, T, C, "bf16", count),
+        gemm("cross out", S, C, C, gemm_dtype, count),
+        elementwise("residual", 3 * U, 0, count),
+        elementwise("norm3, modulate", 18 * U, 4 * U, count),
+        gemm("ffn in", S, C, F, gemm_dtype, count),
+        elementwise("GELU", gelu, gelu, count),
+        gemm("ffn out", S, F, C, gemm_dtype, count),
+        elementwise("ffn gate, residual", 19 * U, 0, count),
+    ]
+
+
+def forward_operations(
+    facts: Facts,
+    height: int,
+    width: int,
+    num_frames: int,
+    gemm_dtype: str = "bf16",
+    attention_dtype: str = "bf16",
+    num_layers: int | None = None,
+) -> list[Operation]:
+    """Every operation of one forward of one branch (batch 1): embeddings, the blocks, the head."""
+    S, C, T = facts.tokens(height, width, num_frames), facts.width, facts.text_tokens
+    cells = prod(facts.patch)
+    U = 2 * S * C
+    layers = facts.num_layers if num_layers is None else num_layers
+    return [
+        gemm("patch embedding", S, facts.in_channels * cells, C),
+        gemm("time embedding, in", 1, facts.freq_dim, C),
+        gemm("time embedding, out", 1, C, C),
+        gemm("time projection", 1, C, 6 * C),
+        gemm("text embedding, in", T, facts.text_dim, C),
+        gemm("text embedding, out", T, C, C),
+        *block_operations(facts, S, gemm_dtype, attention_dtype, layers),
+        elementwise("head norm, modulate", 18 * U, 2 * U),
+        gemm("head", S, C, facts.out_channels * cells),
+    ]
+
+
+def total(operations: list[Operation], kind: str | None = None) -> tuple[float, float, float]:
+    """(FLOPs, bytes, fused bytes) of all operations, or of those of one kind."""
+    chosen = [op for op in operations if kind in (None, op.kind)]
+    return (
+        sum(op.count * op.flops for op in chosen),
+        sum(op.count * op.bytes for op in chosen),
+        sum(op.count * op.fused_bytes for op in chosen),
+    )
+
+
+def seconds(operations: list[Operation], machine, fused: bool = False) -> float:
+    """Lower bound of the time of all operations, one after the other, on a machine."""
+    return sum(op.seconds(machine, fused)[0] for op in operations)
+
+
+def weight_bytes(facts: Facts, num_layers: int | None = None) -> int:
+    """Bytes of the transformer's weights in bf16 with the parts that stay fp32 (time embedder, norm2, modulation)."""
+    C, layers = facts.width, facts.num_layers if num_layers is None else num_layers
+    parameters = facts.num_parameters - (facts.num_layers - layers) * facts.num_block_parameters
+    time_embedder = (facts.freq_dim * C + C) + (C * C + C)
+    kept = time_embedder + 2 * C + layers * (6 * C + 2 * C * facts.cross_attn_norm)
+    return 2 * parameters + 2 * kept
+
+
+def activation_bytes(facts: Facts, tokens: int) -> int:
+    """Bytes alive at the peak of a stock block: at a gate or around the GELU, whichever is larger. An estimate."""
+    U = 2 * tokens * facts.width
+    gate = 8 * U  # residual, branch output, and three fp32 intermediates of 2 U
+    gelu = 2 * U + 2 * 2 * tokens * facts.ffn_dim  # residual, normed input, GELU's input and output
+    rotary = 2 * tokens * facts.head_dim * 4
+    return max(gate, gelu) + rotary

@@ -1,0 +1,1 @@
+"""The command `dax`: one thin file per command."""

@@ -1,0 +1,54 @@
+"""`dax bench block|forward|claims`: figures with their ceilings. The work is in `dax.bench`."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from dax.errors import DaxError, nearest
+
+SUBJECTS = ("block", "forward", "claims")
+
+
+def command(
+    subject: Annotated[str, typer.Argument(help="block, forward or claims")],
+    model: Annotated[str | None, typer.Option(help="a known name (random weights) or a diffusers folder")] = None,
+    height: Annotated[int | None, typer.Option(help="pixels")] = None,
+    width: Annotated[int | None, typer.Option(help="pixels")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="frames of the video")] = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", "--num-blocks", help="blocks to build (4 for block, all for forward)")
+    ] = None,
+    rows: Annotated[str | None, typer.Option(help="rivals to time, as in eager,compiled-cudnn,fa3,sage")] = None,
+    plan: Annotated[list[str] | None, typer.Option(help="also time DAX under this plan; may be repeated")] = None,
+    warm_up_s: Annotated[float, typer.Option("--warm-up", help="seconds back to back before each visit")] = 5.0,
+    timed_s: Annotated[float, typer.Option("--seconds", help="seconds timed per row, over two visits")] = 5.0,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Time random weights at real sizes, DAX and rivals taking turns; print every figure with its ceiling."""
+    if subject not in SUBJECTS:
+        raise DaxError("bad_request", f"bench: unknown subject {subject!r}{nearest(subject, SUBJECTS)}")
+    if subject == "claims":
+        from dax.bench import claims, report
+
+        entries = claims.read()
+        print(json.dumps(entries) if as_json else report.table(entries, claims.COLUMNS))
+        return
+
+    from dax.bench.contest import COLUMNS, bench, headline
+
+    def log(text):
+        print(text, file=sys.stderr, flush=True)
+
+    result = bench(
+        subject, model, (height, width, num_frames), layers, rows, plan or [], warm_up_s, timed_s, device, log
+    )
+    if as_json:
+        print(json.dumps(result))
+        return
+    from dax.bench.report import table
+
+    print(headline(result))
+    print(table(result["rows"], COLUMNS))

@@ -1,0 +1,207 @@
+"""`dax bench block` and `forward` on the tiny shapes: rivals checked, timed, recorded; wrong answers never timed."""
+
+import json
+
+import pytest
+
+from dax.bench import contest, report, rivals
+from dax.bench.block import calls_of
+from dax.bench.model import build
+from dax.bench.size import Size
+from dax.errors import DaxError
+from dax.facts import facts_named
+
+torch = pytest.importorskip("torch")
+
+TINY = facts_named("tiny")
+SIZE = Size(64, 64, 5)
+QUICK = {"size": (64, 64, 5), "warm_up_s": 0.02, "timed_s": 0.05, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(TINY, None, "cpu", 2)
+
+
+@pytest.mark.parametrize("subject", ["block", "forward"])
+def test_a_record_has_what_it_takes_to_get_the_figure_again(subject):
+    log = []
+    result = contest.bench(subject, "tiny", rows="eager,compiled-cudnn,fa3", log=log.append, **QUICK)
+    assert json.loads(json.dumps(result)) == result
+    assert {"command", "date", "device", "versions", "tokens", "num_blocks", "method"} <= result.keys()
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["tokens"] == 2 * 4 * 4
+    (row,) = result["rows"]
+    assert row["row"] == "eager"
+    assert row["error"] == 0
+    assert row["low_ms_per_layer"] <= row["ms_per_layer"] <= row["high_ms_per_layer"]
+    assert row["video_s"] == pytest.approx(row["ms_per_layer"] * 4 * 100 / 1e3)
+    assert row["timed_s"] >= 0.05
+    assert set(result["left_out"]) == {"compiled-cudnn", "fa3"}
+    assert any("left out fa3" in text for text in log)
+
+
+def test_without_a_model_the_log_says_which_one_is_used():
+    log = []
+    contest.bench("block", None, rows="eager", num_layers=1, log=log.append, **QUICK)
+    assert "tiny" in log[0]
+
+
+def test_a_twin_shares_tensors_and_nothing_else(model):
+    twin = rivals.twin(model)
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), twin.named_parameters()):
+        assert ours is theirs, name
+    assert twin.blocks[0] is not model.blocks[0]
+    assert twin.blocks[0].attn1.processor is not model.blocks[0].attn1.processor
+
+
+def test_rows_leave_the_default_attention_backend_as_it_was(model):
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+
+    with attention_backend(AttentionBackendName._NATIVE_MATH):
+        before = _AttentionBackendRegistry.get_active_backend()[0]
+        with rivals.backends_restored():
+            rivals.arrange(model, rivals.RIVALS["eager"], "cpu")
+            assert _AttentionBackendRegistry.get_active_backend()[0] != before
+        assert _AttentionBackendRegistry.get_active_backend()[0] == before
+    assert model.blocks[0].attn1.processor._attention_backend is None
+
+
+def skip_self_attention(model):
+    model.blocks[1].attn1.forward = lambda hidden, *rest, **named: torch.zeros_like(hidden)
+
+
+def skip_cross_attention(model):
+    model.blocks[1].attn2.forward = lambda hidden, *rest, **named: torch.zeros_like(hidden)
+
+
+def forget_positions(model):
+    stock = model.blocks[1].attn1.forward
+    model.blocks[1].attn1.forward = lambda hidden, text, mask, rotary: stock(hidden, text, mask, None)
+
+
+def swap_two_heads(model):
+    attn = model.blocks[1].attn1
+    stock = attn.to_v.forward
+    attn.to_v.forward = lambda x: torch.cat([(v := stock(x))[..., 128:256], v[..., :128], v[..., 256:]], -1)
+
+
+def not_a_number(model):
+    model.blocks[0].ffn.forward = lambda hidden: hidden * float("nan")
+
+
+@pytest.mark.parametrize(
+    "fault", [skip_self_attention, skip_cross_attention, forget_positions, swap_two_heads, not_a_number]
+)
+def test_a_planted_fault_ends_the_bench_before_any_timing(model, fault, monkeypatch):
+    stock = rivals.arrange
+    monkeypatch.setitem(rivals.RIVALS, "faulty", rivals.Row("faulty", "x", limit=rivals.EIGHT_BITS))
+
+    def arrange(model, row, device):
+        arranged, reason = stock(model, row, device)
+        if row.name == "faulty":
+            fault(arranged)
+        return arranged, reason
+
+    monkeypatch.setattr(rivals, "arrange", arrange)
+    monkeypatch.setattr(contest, "measure", lambda *rest: pytest.fail("timed a wrong answer"))
+    calls, origin = calls_of(TINY, model, SIZE, "cpu")
+    rows = [rivals.RIVALS["eager"], rivals.RIVALS["faulty"]]
+    with torch.no_grad(), pytest.raises(DaxError, match="faulty: result lies") as caught:
+        contest.run_rows(model, calls, origin, rows, "cpu", 0.0, 0.01, lambda text: None)
+    assert caught.value.exit_code == 8
+
+
+@pytest.mark.parametrize(
+    "named, wrong",
+    [
+        ({"rows": "eagr"}, "did you mean 'eager'"),
+        ({"rows": ","}, "nothing to time"),
+        ({"model": "wan2.1-t2v-14"}, "did you mean 'wan2.1-t2v-14b'"),
+        ({"size": (65, None, None)}, "--height 65"),
+        ({"size": (None, -16, None)}, "--width -16"),
+        ({"size": (None, None, 6)}, "--num-frames 6"),
+        ({"num_layers": 5}, "--layers 5"),
+        ({"num_layers": 0}, "--layers 0"),
+        ({"plans": ["exakt"]}, "did you mean 'exact'"),
+    ],
+)
+def test_bad_requests_are_refused_before_a_model_is_built(named, wrong, monkeypatch):
+    monkeypatch.setattr(contest, "build", lambda *rest: pytest.fail("built a model"))
+    with pytest.raises(DaxError) as caught:
+        contest.bench("block", **({"model": "tiny", "rows": "eager"} | named))
+    assert wrong in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_folder_is_timed_with_its_own_weights_cut_to_the_asked_depth(random_folder):
+    result = contest.bench("block", str(random_folder), num_layers=1, rows="eager", log=lambda text: None, **QUICK)
+    assert (result["weights"], result["num_blocks"]) == ("folder", 1)
+    assert result["model"] == str(random_folder)
+
+
+def test_a_folder_with_broken_weights_is_refused(random_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(random_folder, tmp_path / "broken")
+    (tmp_path / "broken" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(DaxError, match="broken/transformer") as caught:
+        contest.bench("block", str(tmp_path / "broken"), rows="eager", log=lambda text: None, **QUICK)
+    assert caught.value.exit_code == 3
+
+
+def test_when_no_row_runs_here_the_reason_is_the_error():
+    with pytest.raises(DaxError, match="needs an NVIDIA GPU") as caught:
+        contest.bench("block", "tiny", rows="fa3", num_layers=1, log=lambda text: None, **QUICK)
+    assert caught.value.exit_code == 4
+
+
+def test_dax_under_a_plan_is_a_row_like_any_other(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("attention:\n  kernel: sdpa\n")
+    result = contest.bench("block", "tiny", rows="eager", plans=["exact", str(file)], log=lambda text: None, **QUICK)
+    assert [row["row"] for row in result["rows"]] == ["eager", "dax exact", f"dax {file}"]
+    assert all(row["error"] <= 0.01 for row in result["rows"])
+
+
+def test_a_plan_that_cannot_run_here_is_refused_not_replaced(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("attention:\n  kernel: cudnn\n")
+    with pytest.raises(DaxError, match="cudnn") as caught:
+        contest.bench("block", "tiny", rows="eager", plans=[str(file)], log=lambda text: None, **QUICK)
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.slow
+def test_compiled_blocks_agree_with_eager():
+    result = contest.bench("block", "tiny", rows="eager,compiled", num_layers=1, log=lambda text: None, **QUICK)
+    eager, compiled = result["rows"]
+    assert 0 < compiled["error"] < compiled["error_limit"]
+    assert compiled["first_call_s"] > eager["first_call_s"]
+
+
+def test_a_table_shows_every_row_and_dashes_for_nothing():
+    text = report.table([{"a": 1234.5, "b": None}, {"a": 0.00123, "b": "x"}], {"a": "A", "b": "B"})
+    assert text.splitlines()[0].split() == ["|", "A", "|", "B", "|"]
+    assert "| 1234" in text and "0.0012" in text and "| - |" in text
+
+
+def test_the_command_prints_one_json_object_on_stdout_and_progress_on_stderr(capsys):
+    from dax.cli.bench import command
+
+    quick = {"height": 64, "width": 64, "num_frames": 5, "warm_up_s": 0.02, "timed_s": 0.05, "device": "cpu"}
+    command("block", "tiny", layers=1, rows="eager", as_json=True, **quick)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["num_blocks"] == 1
+    assert "eager: first call" in printed.err
+    command("block", "tiny", layers=1, rows="eager", as_json=False, **quick)
+    assert "diffusers eager" in capsys.readouterr().out
+
+
+def test_the_command_prints_the_ledger(capsys):
+    from dax.cli.bench import command
+
+    command("claims", as_json=True)
+    assert isinstance(json.loads(capsys.readouterr().out), list)
+    with pytest.raises(DaxError, match="did you mean 'block'"):
+        command("blok")

@@ -1,0 +1,149 @@
+"""`dax explain`: fast, without torch, and right about tokens, parameters, bytes, provenance and bounds."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dax.bench import explain as module
+from dax.bench.explain import explain, text
+from dax.errors import DaxError
+from dax.hardware import MACHINES
+
+SCRIPT = """
+import sys, typer
+from dax.cli.explain import command
+try:
+    typer.run(command)
+finally:
+    heavy = {"torch", "diffusers", "transformers", "numpy"} & sys.modules.keys()
+    assert not heavy, heavy
+"""
+
+
+def ask(model="wan2.1-t2v-14b", plan=None, sets=(), size=(None, None, None), steps=None, hardware="h200", strict=False):
+    return explain(model, plan, list(sets), size, steps, hardware, strict)
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["--hardware", "h200"], ["--hardware", "h200", "--set", "attention.kernel=sage"]]
+)
+def test_under_three_seconds_and_without_torch(extra):
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "--model", "wan2.1-t2v-14b", "--json", *extra], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 3
+    assert json.loads(done.stdout)["tokens"] == 75600
+
+
+def test_counts_of_14b_at_720p():
+    result = ask()
+    assert result["tokens"] == 75_600
+    assert result["parameters"] == pytest.approx(14.288e9, rel=1e-3)
+    assert result["weights_gib"] == pytest.approx(26.67, abs=0.05)
+    assert result["forward"]["tflop"] == pytest.approx(6520, rel=0.005)
+    assert result["video"]["forwards"] == 100
+    assert result["video"]["pflop"] == pytest.approx(652, rel=0.005)
+
+
+def test_bounds_on_an_h200():
+    parts = {part["name"]: part for part in ask()["parts"]}
+    peak = MACHINES["h200"].peak_tflops["bf16"]
+    assert parts["self-attention"]["ms_at_least"] == pytest.approx(40 * 117.05 / peak * 1e3, rel=1e-3)
+    assert parts["self-attention"]["bound"] == "compute"
+    assert parts["rotary embedding"]["bound"] == "memory"
+
+
+def test_parts_add_up_to_the_forward():
+    result = ask()
+    assert sum(part["gflop"] or 0 for part in result["parts"]) / 1e3 == pytest.approx(result["forward"]["tflop"])
+    total_ms = sum(part["ms_at_least"] for part in result["parts"])
+    assert total_ms / 1e3 == pytest.approx(result["forward"]["seconds_at_least"])
+
+
+def test_compiling_moves_fewer_bytes_and_the_same_flops():
+    eager, compiled = ask(), ask(sets=["compile=blocks"])
+    assert compiled["forward"]["tflop"] == eager["forward"]["tflop"]
+    assert sum(part["gb"] for part in compiled["parts"]) < 0.6 * sum(part["gb"] for part in eager["parts"])
+    assert compiled["video"]["seconds_at_least"] < eager["video"]["seconds_at_least"]
+
+
+def test_what_the_plan_becomes_on_a_card_is_said():
+    result = ask(sets=["attention.kernel=sage"])
+    assert result["plan"]["attention.kernel"]["value"] == "sage"
+    assert result["changes"][0] == "attention.kernel = sage: 40 self-attention layers"
+    assert "sage" not in result["changes"][1]
+    auto = ask()["plan"]["attention.kernel"]
+    assert auto["asked"] == "auto" and auto["value"] in ("cudnn", "flash")
+
+
+def test_8_bit_attention_halves_its_bound():
+    bound = lambda result: {part["name"]: part["ms_at_least"] for part in result["parts"]}["self-attention"]
+    assert bound(ask(sets=["attention.kernel=sage"])) == pytest.approx(bound(ask()) / 2)
+
+
+def test_every_value_says_which_layer_it_came_from(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("attention:\n  kernel: sdpa\n")
+    plan = ask(plan=str(file), sets=["compile=blocks"], hardware=None)["plan"]
+    assert plan["attention.kernel"] == {"value": "sdpa", "asked": "sdpa", "from": f"file {file}"}
+    assert plan["compile"]["from"] == "--set"
+    assert ask(hardware=None)["plan"]["compile"]["from"] == "preset exact"
+
+
+def test_a_folder_is_explained_from_its_json_alone(tmp_path):
+    from dax.facts import facts_named
+
+    tiny = facts_named("tiny")
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    config = {"_class_name": "WanTransformer3DModel", **tiny.transformer_config()}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    assert ask(str(tmp_path))["parameters"] == tiny.num_parameters
+
+
+@pytest.mark.parametrize(
+    "named, wrong, code",
+    [
+        ({"model": "wan2.1-t2v-14"}, "did you mean 'wan2.1-t2v-14b'", 2),
+        ({"hardware": "h300"}, "unknown card 'h300'", 2),
+        ({"plan": "exacct"}, "did you mean 'exact'", 2),
+        ({"sets": ["attention.kernel=sdpaa"]}, "did you mean 'sdpa'", 2),
+        ({"size": (721, None, None)}, "--height 721", 2),
+        ({"steps": 0}, "--steps 0", 2),
+    ],
+)
+def test_bad_requests_are_refused(named, wrong, code):
+    with pytest.raises(DaxError) as caught:
+        ask(**named)
+    assert wrong in str(caught.value)
+    assert caught.value.exit_code == code
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(DaxError, match="model_index.json") as caught:
+        ask(str(tmp_path))
+    assert caught.value.exit_code == 3
+
+
+def test_without_a_card_there_are_no_times(monkeypatch):
+    monkeypatch.setattr(module, "gpu_name", lambda: None)
+    result = ask(hardware=None)
+    assert result["forward"]["seconds_at_least"] is None
+    assert "--hardware" in text(result)
+
+
+@pytest.mark.parametrize("seen, key", [("NVIDIA H200", "h200"), ("NVIDIA H20", "h20"), ("Radeon", None)])
+def test_the_card_here_is_recognised_by_name(monkeypatch, seen, key):
+    monkeypatch.setattr(module, "gpu_name", lambda: seen)
+    assert module.card(None) == MACHINES.get(key)
+
+
+def test_the_text_names_what_matters():
+    shown = text(ask(sets=["compile=blocks"]))
+    for word in ("75600 tokens", "G parameters", "from --set", "40 transformer blocks", "ms at least", "compute"):
+        assert word in shown, word
