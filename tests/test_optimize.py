@@ -71,6 +71,16 @@ def test_exact_equals_stock(random_pipe):
     assert engine.plan.attention.kernel != "auto" and engine.fallbacks == ()
 
 
+def test_exact_equals_stock_on_the_embedded_model():
+    pipe = dax.load_tiny()
+    pipe.set_progress_bar_config(disable=True)
+    assert wan.target_of(pipe).facts == TINY
+    stock = render(pipe)
+    with dax.optimize(pipe, "exact"):
+        assert relative(render(pipe), stock) < 1e-5
+    assert torch.equal(render(pipe), stock)
+
+
 def test_the_comparison_would_notice(random_pipe, monkeypatch):
     """The kernel that optimize installs is the one that runs: spoil it, and the output moves."""
     from dax.attention import dense
