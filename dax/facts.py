@@ -4,6 +4,7 @@
 refuses every family DAX does not know, before a weight is read.
 """
 
+import re
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -11,6 +12,13 @@ from typing import Any
 from dax.errors import DaxError, nearest
 
 SUPPORTED = "Wan2.1 text-to-video (WanPipeline with one 16-channel WanTransformer3DModel)"
+COMPONENTS = {  # of a pipeline folder: library, classes
+    "transformer": ("diffusers", "WanTransformer3DModel"),
+    "vae": ("diffusers", "AutoencoderKLWan"),
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+    "tokenizer": ("transformers", "T5Tokenizer(Fast)?"),
+    "scheduler": ("diffusers", "[A-Za-z]+Scheduler"),
+}
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,7 @@ def facts_from_config(model_index: dict | None, transformer_config: dict) -> Fac
 
 
 def check_model_index(model_index: dict) -> None:
-    """Refuse a pipeline that is not plain Wan text-to-video, by what its index says alone."""
+    """Refuse a pipeline that is not plain Wan text-to-video or names a foreign class, by its index alone."""
     index = check_mapping(model_index, "model_index.json")
     check_class(index, "model_index.json", "WanPipeline")
     for key, value in index.items():
@@ -202,9 +210,16 @@ def check_model_index(model_index: dict) -> None:
             refuse(f"model_index.json: boundary_ratio = {value!r} means Wan2.2 with two experts")
         if key == "expand_timesteps" and value:
             refuse("model_index.json: expand_timesteps means Wan2.2 TI2V-5B")
-    component = index.get("transformer")
-    if component is not None and list(component) != ["diffusers", "WanTransformer3DModel"]:
-        refuse(f"model_index.json: transformer = {component!r}")
+        if isinstance(value, list) and value != [None, None] or key in COMPONENTS and value is not None:
+            check_component(key, value)
+
+
+def check_component(name: str, value: Any) -> None:
+    """Refuse a component that is not a class DAX knows for that place, so that nothing foreign is ever imported."""
+    library, classes = COMPONENTS.get(name, ("", ""))
+    known = isinstance(value, list) and len(value) == 2 and value[0] == library
+    if value != [None, None] and not (known and isinstance(value[1], str) and re.fullmatch(classes, value[1])):
+        refuse(f"model_index.json: {name} = {value!r}")
 
 
 def check_mapping(value: Any, where: str) -> dict:

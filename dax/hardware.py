@@ -13,7 +13,11 @@ from functools import cache
 from importlib import import_module, metadata, util
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "triton", "av")
-KERNEL_PACKAGES = ("flash_attn_interface", "flash_attn", "sageattention")  # FlashAttention 3, 2; SageAttention
+KERNEL_PACKAGES = {  # module: distribution
+    "flash_attn_interface": "flash_attn_3",
+    "flash_attn": "flash_attn",
+    "sageattention": "sageattention",
+}
 
 
 @dataclass(frozen=True)
@@ -103,16 +107,10 @@ def card_key(name: str) -> str:
 
 def versions() -> dict[str, str]:
     """{library or kernel package: version} of what is installed, without importing it."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    for name in KERNEL_PACKAGES:
-        if util.find_spec(name) is not None:
-            found[name] = next((v for v in map(version_of, (name, name.replace("_", "-"))) if v), "installed")
-    return found
+    found = {name: version_of(name) for name in LIBRARIES}
+    for module, distribution in KERNEL_PACKAGES.items():
+        found[module] = (version_of(distribution) or "installed") if util.find_spec(module) else None
+    return {name: version for name, version in found.items() if version}
 
 
 def version_of(distribution: str) -> str | None:

@@ -78,24 +78,9 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     dtype = str(transformer.dtype).removeprefix("torch.")
     resolved = resolve(wanted, target.facts, here, strict, dtype)
 
-    kernel, changes, edits = resolved.plan.attention.kernel, [], Edits()
+    edits = Edits()
     try:
-        from dax.attention.dense import RUN
-
-        for kind, name in (
-            ("self", kernel),
-            ("cross", attention.kernel_for_cross(kernel, here, dtype, target.facts.head_dim)),
-        ):
-            layers = target.attentions(cross=kind == "cross")
-            count = attention.apply_attention(layers, wan.WanProcessor(RUN[name], name), edits)
-            changes.append(Change("attention.kernel", name, f"{kind}-attention layers", count, len(target.blocks())))
-        if resolved.plan.compile == "blocks":
-            from dax.compile import apply_compile
-
-            count = apply_compile(target.blocks(), edits)
-            changes.append(Change("compile", "blocks", "transformer blocks", count, len(target.blocks())))
-        for change in changes:
-            change.check()
+        changes = apply(resolved.plan, target, here, dtype, edits)
     except BaseException:
         edits.undo()
         raise
@@ -103,8 +88,28 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     return Engine(target, resolved, changes, edits)
 
 
+def apply(plan: Plan, target, machine: Machine, dtype: str, edits: Edits) -> "list[Change]":
+    """Change the model as a resolved plan says, in this order; every change is in `edits`, counted and checked."""
+    from dax.attention.dense import RUN
+    from dax.compile import apply_compile
+    from dax.models.wan import WanProcessor
+
+    total, kernel = len(target.blocks()), plan.attention.kernel
+    kernel_for_cross = attention.kernel_for_cross(kernel, machine, dtype, target.facts.head_dim)
+    changes = []
+    for kind, name in (("self", kernel), ("cross", kernel_for_cross)):
+        layers = target.attentions(cross=kind == "cross")
+        count = attention.apply_attention(layers, WanProcessor(RUN[name], name), edits)
+        changes.append(Change("attention.kernel", name, f"{kind}-attention layers", count, total))
+    if plan.compile == "blocks":
+        changes.append(Change("compile", "blocks", "transformer blocks", apply_compile(target.blocks(), edits), total))
+    for change in changes:
+        change.check()
+    return changes
+
+
 def device_of(transformer) -> str:
-    """ "cuda" or "cpu": where the transformer runs, which under CPU offload is not where it lies."""
+    """Where the transformer runs, "cuda" or "cpu": under CPU offload that is not where it lies."""
     offload = getattr(transformer, "_hf_hook", None)
     device = getattr(offload, "execution_device", None) or transformer.device
     return "cuda" if "cuda" in str(device) or type(device) is int else "cpu"

@@ -19,7 +19,7 @@ DEFAULT_PRESET = "exact"
 PLANS = Path(__file__).parent / "plans"
 NOT_YET_PRESETS = ("balanced", "fast", "original")
 NOT_YET_KEYS = ("linear", "blocks", "cache", "parallel", "offload")  # the whole part; its sub-keys too
-NOT_YET_VALUES = {("attention.kernel", "int8")}
+NOT_YET_VALUES = (("attention.kernel", "int8"),)
 
 
 class Part(BaseModel):

@@ -15,6 +15,8 @@ from torch import nn
 from dax.errors import DaxError
 from dax.facts import Facts, facts_from_config
 
+INDEX_KEYS = ("_class_name", "transformer", "transformer_2", "boundary_ratio", "expand_timesteps")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -29,10 +31,20 @@ class Target:
 
     def attentions(self, cross: bool) -> list[nn.Module]:
         """The self- or the cross-attention layer of every block that has one as DAX knows it."""
-        from diffusers.models.transformers.transformer_wan import WanAttention
-
+        WanAttention, _ = vendor()
         layers = [getattr(block, "attn2" if cross else "attn1", None) for block in self.blocks()]
         return [layer for layer in layers if isinstance(layer, WanAttention)]
+
+
+def vendor() -> tuple[type, type]:
+    """diffusers' attention layer of Wan and its processor. DaxError("unsupported") if it keeps them elsewhere."""
+    try:
+        from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+    except ImportError as error:
+        raise DaxError(
+            "unsupported", f"this diffusers is not one DAX knows ({error}): install diffusers 0.42"
+        ) from None
+    return WanAttention, WanAttnProcessor
 
 
 def target_of(model) -> Target:
@@ -49,7 +61,10 @@ def target_of(model) -> Target:
     if isinstance(model, nn.Module):
         return Target(None, (model,), facts_from_config(None, config_of(model)))
     transformer = getattr(model, "transformer", None)
-    facts = facts_from_config(config_of(model), config_of(getattr(transformer, "_orig_mod", transformer)))
+    if not hasattr(transformer, "config"):
+        raise DaxError("bad_model", f"{type(model).__name__} has no transformer that DAX knows")
+    index = {key: value for key, value in config_of(model).items() if key in INDEX_KEYS}  # schedulers may be one's own
+    facts = facts_from_config(index, config_of(getattr(transformer, "_orig_mod", transformer)))
     if hasattr(transformer, "_orig_mod"):
         raise DaxError(
             "bad_request", "pipe.transformer is compiled already: pass it uncompiled and set compile = blocks"
@@ -128,8 +143,7 @@ def rotate(x, cos, sin):
 
 def check_seams(target: Target) -> None:
     """DaxError unless every block carries the attention DAX knows, with the vendor's processor, not compiled."""
-    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-
+    _, WanAttnProcessor = vendor()
     expected = len(target.blocks())
     for cross in (False, True):
         found = len(target.attentions(cross))
@@ -163,10 +177,9 @@ def check_seams(target: Target) -> None:
 @cache
 def check_processor() -> None:
     """Run DAX's processor and the vendor's on one small layer of each kind. DaxError("check_failed") if they differ."""
-    from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
-
     from dax.attention.dense import sdpa
 
+    WanAttention, WanAttnProcessor = vendor()
     S, T, H, D = 6, 5, 2, 8
     angle = torch.arange(S * D / 2).view(1, S, 1, D // 2).repeat_interleave(2, dim=-1)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):

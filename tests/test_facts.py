@@ -1,0 +1,152 @@
+"""What DAX believes about a model equals what diffusers builds; every other family is refused from its config."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from dax.errors import DaxError
+from dax.facts import FACTS, facts_from_config, facts_named
+
+INDEX = {
+    "_class_name": "WanPipeline",
+    "_diffusers_version": "0.35.0",
+    "boundary_ratio": None,
+    "expand_timesteps": False,
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+def config_of(name: str) -> dict:
+    return {"_class_name": "WanTransformer3DModel"} | FACTS[name].transformer_config()
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_counts_equal_the_vendors_modules(name):
+    facts = FACTS[name]
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**facts.transformer_config())
+    assert sum(p.numel() for p in model.parameters()) == facts.num_parameters
+    assert sum(p.numel() for p in model.blocks[0].parameters()) == facts.num_block_parameters
+    assert len(model.blocks) == facts.num_layers
+    assert (model.blocks[0].attn1.heads, model.blocks[0].attn1.inner_dim) == (facts.num_heads, facts.width)
+    assert facts_from_config(INDEX, {"_class_name": "WanTransformer3DModel"} | dict(model.config)) == facts
+
+
+def test_sizes_in_words():
+    assert round(FACTS["wan2.1-t2v-14b"].num_parameters / 1e9, 1) == 14.3
+    assert round(FACTS["wan2.1-t2v-1.3b"].num_parameters / 1e9, 2) == 1.42
+    assert FACTS["wan2.1-t2v-14b"].tokens(720, 1280, 81) == 75600
+    assert FACTS["wan2.1-t2v-1.3b"].tokens(480, 832, 81) == 32760
+    assert FACTS["tiny"].latent_shape(128, 128, 17) == (16, 5, 16, 16)
+    assert FACTS["tiny"].size_multiple == 16
+
+
+def test_tokens_equal_the_vendors(random_pipe):
+    from dax.models.wan import target_of
+
+    facts, latents = target_of(random_pipe).facts, []
+    random_pipe.transformer.patch_embedding.register_forward_hook(lambda _, __, out: latents.append(out))
+    random_pipe("a", height=48, width=80, num_frames=9, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    assert latents[0].flatten(2).shape[2] == facts.tokens(48, 80, 9)
+
+
+def test_a_config_of_other_sizes_is_wan_too():
+    facts = facts_from_config(None, config_of("tiny") | {"num_layers": 3})
+    assert (facts.num_layers, facts.name) == (3, "wan-t2v-3x384")
+
+
+def test_unknown_name_offers_the_nearest():
+    with pytest.raises(DaxError, match="did you mean 'wan2.1-t2v-14b'"):
+        facts_named("wan2.1-t2v-14")
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_attention_heads", 0),
+        ("num_attention_heads", -2),
+        ("num_attention_heads", "3"),
+        ("num_attention_heads", True),
+        ("num_layers", 0),
+        ("num_layers", 10**9),
+        ("num_layers", 4.0),
+        ("attention_head_dim", 127),
+        ("ffn_dim", None),
+        ("eps", 0),
+        ("eps", float("nan")),
+        ("cross_attn_norm", "yes"),
+    ],
+)
+def test_impossible_values_are_refused(key, value):
+    with pytest.raises(DaxError, match=f"config.json: {key} = ") as caught:
+        facts_from_config(INDEX, config_of("tiny") | {key: value})
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("config", [None, [], "WanTransformer3DModel", 3])
+def test_a_config_that_is_no_object_is_refused(config):
+    with pytest.raises(DaxError, match="expected a JSON object"):
+        facts_from_config(INDEX, config)
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("_class_name", ["pipeline", "WanPipeline"]),
+        ("_class_name", None),
+        ("vae", ["os", "system"]),
+        ("vae", ["autoencoder", "AutoencoderKLWan"]),
+        ("transformer", "WanTransformer3DModel"),
+        ("transformer", 7),
+        ("scheduler", ["diffusers", "DiffusionPipeline"]),
+        ("scheduler", ["diffusers", ["UniPCMultistepScheduler"]]),
+        ("tokenizer", ["transformers", "T5Tokenizer", "x"]),
+        ("text_encoder", ["transformers", "AutoModel"]),
+        ("extra", ["subprocess", "run"]),
+    ],
+)
+def test_foreign_classes_are_refused(key, value):
+    with pytest.raises(DaxError, match=f"model_index.json: {key} = ") as caught:
+        facts_from_config(INDEX | {key: value}, config_of("tiny"))
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.fault(33)
+def test_a_class_name_list_in_the_transformer_is_refused():
+    with pytest.raises(DaxError, match="_class_name = "):
+        facts_from_config(INDEX, config_of("tiny") | {"_class_name": ["x", "WanTransformer3DModel"]})
+
+
+FOREIGN = {
+    "flux": (INDEX | {"_class_name": "FluxPipeline"}, {"_class_name": "FluxTransformer2DModel"}),
+    "flux bare": (None, {"_class_name": "FluxTransformer2DModel", "num_layers": 19}),
+    "wan i2v pipeline": (INDEX | {"_class_name": "WanImageToVideoPipeline"}, {}),
+    "wan i2v 36 channels": (INDEX, {"in_channels": 36}),
+    "wan i2v image tokens": (INDEX, {"image_dim": 1280, "added_kv_proj_dim": 5120}),
+    "wan2.2 two experts": (INDEX | {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, {}),
+    "wan2.2 boundary": (INDEX | {"boundary_ratio": 0.875}, {}),
+    "wan2.2 5b": (INDEX | {"expand_timesteps": True}, {"in_channels": 48, "out_channels": 48}),
+    "wan2.2 5b bare": (None, {"in_channels": 48, "out_channels": 48}),
+    "wan vace": (INDEX, {"_class_name": "WanVACETransformer3DModel"}),
+    "other norm": (INDEX, {"qk_norm": "layer_norm"}),
+    "other patch": (INDEX, {"patch_size": [1, 1, 1]}),
+}
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("case", FOREIGN)
+def test_other_families_are_refused_from_config_alone(case):
+    index, difference = copy.deepcopy(FOREIGN[case])
+    with pytest.raises(DaxError, match="supported: Wan2.1 text-to-video") as caught:
+        facts_from_config(index, config_of("tiny") | difference)
+    assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
