@@ -12,6 +12,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+
+def pytest_runtest_setup(item):
+    """Tests of devices are skipped where there are none."""
+    if wanted := 2 if item.get_closest_marker("multigpu") else 1 if item.get_closest_marker("gpu") else 0:
+        import torch
+
+        if torch.cuda.device_count() < wanted:
+            pytest.skip(f"needs {wanted} CUDA device{'s' * (wanted > 1)}")
+
+
 RANDOM_TRANSFORMER = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 2,

@@ -19,30 +19,36 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
-    no_args_is_help=True,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda token: token.replace("_", "-") if token.startswith("-") else token,
+        "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
 for module in (generate, explain, bench, inspect, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 
-class Terminated(BaseException):
-    """SIGTERM, raised where the program stands, so that temporary files are removed on the way out."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM, raised where the program stands, so that temporary files are removed on the way out."""
+
+    def __init__(self, number: int):
+        self.exit_code = 128 + number
+        self.word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and end the process with the exit code of dax/errors.py."""
     arguments = sys.argv[1:] if arguments is None else arguments
     verbose = any(word in ("-v", "--verbose") for word in arguments)
-    arguments = [word for word in arguments if word not in ("-v", "--verbose")]
+    arguments = [word for word in arguments if word not in ("-v", "--verbose")] or ["--help"]
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     listen()
     try:
-        code = typer.main.get_command(app).main(arguments, prog_name="dax", standalone_mode=False) or 0
+        command = typer.main.get_command(app)
+        with command.make_context("dax", arguments) as context:
+            command.invoke(context)
+        code = 0
         sys.stdout.flush()
     except BaseException as error:
         if verbose and not isinstance(error, SystemExit | typer.Exit):
@@ -56,7 +62,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
-INTERRUPTED = EXIT_CODES["interrupted"]
 
 
 def ending(error: BaseException) -> tuple[int, str]:
@@ -67,18 +72,14 @@ def ending(error: BaseException) -> tuple[int, str]:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, DaxError):
         return error.exit_code, one_line(str(error))
-    if isinstance(error, KeyboardInterrupt | typer.Abort) or getattr(error, "exit_code", 0) == INTERRUPTED:
-        return INTERRUPTED, "interrupted"
-    if isinstance(error, Terminated):
-        return EXIT_CODES["terminated"], "terminated"
+    if isinstance(error, Stopped):
+        return error.exit_code, error.word
     if isinstance(error, typer.Exit):
         return error.exit_code, ""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1, ""
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE, ""
-    if "NoArgsIsHelpError" in kinds:
-        return EXIT_CODES["bad_request"], error.format_message()
     if "UsageError" in kinds:
         context = getattr(error, "ctx", None)
         command = context.command_path.removeprefix("dax").strip() if context else ""
@@ -98,7 +99,7 @@ def listen() -> None:
     def on_signal(number, frame):
         for caught in (signal.SIGINT, signal.SIGTERM):
             signal.signal(caught, lambda number, frame: os._exit(128 + number))
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        raise Stopped(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
