@@ -8,7 +8,7 @@ A key of the contract whose feature is not built yet is refused by name, so that
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -23,7 +23,15 @@ NOT_YET_VALUES = (("attention.kernel", "int8"),)
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def hash(self) -> str:
+        """sha256 (hex) of the canonical JSON."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def __hash__(self):
+        return hash(self.hash())
 
 
 class Attention(Part):
@@ -73,9 +81,11 @@ class Plan(Part):
             return cls.model_validate(nested), provenance
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
+            path = ".".join(map(str, first["loc"]))
+            key = next((leaf for leaf in provenance if path == leaf or path.startswith(f"{leaf}.")), path)
             where = provenance.get(key, "plan")
-            raise DaxError("bad_request", f"{where}: {key} = {first['input']!r}: {first['msg']}") from None
+            said = first["msg"].removeprefix("Value error, ")
+            raise DaxError("bad_request", f"{where}: {key} = {first['input']!r}: {said}") from None
 
     def to_yaml(self) -> str:
         import yaml
@@ -88,11 +98,6 @@ class Plan(Part):
             Path(path).write_text(self.to_yaml(), encoding="utf-8")
         except OSError as error:
             raise DaxError("cannot_write", f"plan file {path}: {error.strerror}") from None
-
-    def hash(self) -> str:
-        """sha256 (hex) of the canonical JSON of the plan."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
 
     def leaves(self) -> dict[str, Any]:
         """{"attention.kernel": "auto", "compile": "none"}: every key with its value."""
@@ -152,7 +157,8 @@ def flatten(values: Any, source: str, prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
-        inner = flatten(value, source, f"{key}.") if isinstance(value, dict) else {key: value}
+        is_part = isinstance(value, dict) and not is_mapping(key)
+        inner = flatten(value, source, f"{key}.") if is_part else {key: value}
         for leaf, leaf_value in inner.items():
             if leaf in leaves and leaves[leaf] != leaf_value:
                 raise DaxError(
@@ -182,19 +188,28 @@ def check_keys(leaves: dict[str, Any], source: str) -> None:
 
 
 def check_value(key: str, value: Any, source: str) -> None:
-    """Refuse a value that is not one of the key's choices, with the nearest one."""
+    """Refuse a word that is not one of the key's choices, with the nearest one. Other types are pydantic's to check."""
     if (key, value) in NOT_YET_VALUES:
         raise DaxError("bad_request", f"{source}: {key} = {value!r} is not available in this version")
     choices = plan_choices(key)
-    if value not in choices or not isinstance(value, str):
+    if choices and (value not in choices or not isinstance(value, str)):
         hint = nearest(value, choices) if isinstance(value, str) else f"; known: {', '.join(choices)}"
         raise DaxError("bad_request", f"{source}: {key} = {value!r} is not known{hint}")
 
 
 def plan_choices(key: str) -> tuple[str, ...]:
-    """The values a key of literals accepts."""
+    """The words a key accepts; () for a key that is not one of words."""
+    annotation = annotation_of(key)
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def is_mapping(key: str) -> bool:
+    """Whether a key's value is itself a mapping, as that of linear.rules."""
+    return key in plan_keys() and get_origin(annotation_of(key)) is dict
+
+
+def annotation_of(key: str) -> Any:
     part: Any = Plan
-    *parents, last = key.split(".")
-    for parent in parents:
-        part = part.model_fields[parent].annotation
-    return part.model_fields[last].annotation.__args__
+    for name in key.split("."):
+        part = part.model_fields[name].annotation
+    return part

@@ -1,0 +1,1 @@
+"""Kernels: one operation per file, each with its plain torch reference. `op.py` says what belongs to one."""
