@@ -78,7 +78,7 @@ def test_the_default_name_and_a_plain_path_on_stdout(tmp_path):
     ("arguments", "code", "says"),
     [
         (["generate", "x", "--heigth", "32"], 2, "--heigth"),
-        (["generate"], 2, "Missing argument"),
+        (["generate"], 2, "no prompt"),
         (["generate", "x", "--steps", "many"], 2, "--steps"),
         (["generate", "x", "--height", "33"], 2, "nearest 32 or 48"),
         (["generate", "x", "--plan", "qaunt"], 2, "unknown plan 'qaunt'"),
