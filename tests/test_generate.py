@@ -160,6 +160,18 @@ def test_from_an_earlier_clip_gives_the_same_clip_again(tmp_path):
     assert (other["seed"], other["prompt"], other["flow_shift"]) == (4, SMALL["prompt"], 5.0)
 
 
+def test_from_on_the_command_line(tmp_path, capsys):
+    from dax.cli.generate import command
+
+    command(**SMALL, output=str(tmp_path / "a.png"), negative_prompt="blue")
+    command(None, from_clip=str(tmp_path / "a.png"), output=str(tmp_path / "b.png"), as_json=True)
+    said = capsys.readouterr()
+    record = json.loads(said.out.splitlines()[1])
+    assert record == video.read_record(tmp_path / "b.png") | {"seconds": record["seconds"]}
+    assert (record["prompt"], record["negative_prompt"]) == (SMALL["prompt"], "blue")
+    assert said.err.count("no --model") == 1
+
+
 def test_settings_of_a_clip_are_checked_like_any_other(tmp_path):
     frames = np.zeros((1, 16, 16, 3), np.uint8)
     for record, code, says in (

@@ -71,13 +71,6 @@ def generate(job: Job, log=lambda text: None) -> dict:
     asked, _ = Plan.from_layers(plan_layers(job, earlier))
     if earlier.get("model_digest", checked.digest) != checked.digest:
         remarks.append(f"the model is not the one of {job.from_clip}: its digest differs")
-    path = Path(job.output or video.default_name(request.prompt, request.seed, asked.hash()))
-    video.check_target(path, job.overwrite)
-    rescue = Path(job.keep_frames_on_error) if job.keep_frames_on_error else None
-    if rescue is not None:
-        if rescue.suffix != ".npz" or rescue == path:
-            raise DaxError("cannot_write", f"--keep-frames-on-error {rescue}: must be another file, ending in .npz")
-        video.check_target(rescue, overwrite=False)
 
     import torch
 
@@ -87,7 +80,14 @@ def generate(job: Job, log=lambda text: None) -> dict:
     here = machine(job.device)
     dtype = torch.bfloat16 if here.device == "cuda" else torch.float32
     check_memory(facts, request, checked.parameters * dtype.itemsize, dtype.itemsize, here.memory_gib)
-    resolve(asked, facts, here, job.strict, str(dtype).removeprefix("torch."))  # refuses before loading
+    resolved = resolve(asked, facts, here, job.strict, str(dtype).removeprefix("torch."))  # refuses before loading
+    path = Path(job.output or video.default_name(request.prompt, request.seed, resolved.plan.hash()))
+    video.check_target(path, job.overwrite)
+    rescue = Path(job.keep_frames_on_error) if job.keep_frames_on_error else None
+    if rescue is not None:
+        if rescue.suffix != ".npz" or rescue == path:
+            raise DaxError("cannot_write", f"--keep-frames-on-error {rescue}: must be another file, ending in .npz")
+        video.check_target(rescue, overwrite=False)
     if job.verify:
         remarks += verify(checked)
 
