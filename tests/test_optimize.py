@@ -86,7 +86,7 @@ def test_the_comparison_would_notice(random_pipe, monkeypatch):
     from dax.attention import dense
 
     stock, right = render(random_pipe), dense.sdpa
-    monkeypatch.setitem(dense.RUN, "sdpa", lambda q, k, v: 0.9 * right(q, k, v))
+    monkeypatch.setitem(dense.RUN, "sdpa", lambda q, k, v, scale: 0.9 * right(q, k, v, scale))
     with dax.optimize(random_pipe, attention={"kernel": "sdpa"}):
         assert relative(render(random_pipe), stock) > 1e-2
 
@@ -303,7 +303,7 @@ def test_resolve_decides_every_auto_and_is_pure():
 def test_resolve_falls_back_by_name():
     plan = Plan.from_layers([("test", {"attention.kernel": "flash", "compile": "blocks"})])[0]
     resolved = resolve(plan, TINY, replace(H200, compiler=None))
-    assert resolved.plan.leaves() == {"attention.kernel": "cudnn", "compile": "none"}
+    assert resolved.plan.leaves().items() >= {"attention.kernel": "cudnn", "compile": "none"}.items()
     assert [text.split(":")[0] for text in resolved.fallbacks] == ["attention.kernel = flash", "compile = blocks"]
     with pytest.raises(DaxError, match="attention.kernel = flash.*; compile = blocks"):
         resolve(plan, TINY, replace(H200, compiler=None), strict=True)
