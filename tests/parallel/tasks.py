@@ -64,3 +64,22 @@ def delayed(S, H, chunks, attend_s, exchange_s):
     start = time.perf_counter()
     call(*shares)
     return time.perf_counter() - start, wire.busy_s, wire.exposed_s
+
+
+def vae_decode(columns, dtype=torch.float32):
+    """(relative difference of the split decode to the whole one, layers split, whether undo gave the VAE back)."""
+    from dax.edits import Edits
+    from dax.parallel.vae import apply_vae
+    from tests.conftest import build_random_pipe
+
+    vae = build_random_pipe().vae.to(dtype)
+    z = torch.randn(1, 16, 3, 5, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        whole = vae.decode(z, return_dict=False)[0]
+        edits = Edits()
+        count = apply_vae(vae, Wire(dist.group.WORLD), edits)
+        split = vae.decode(z, return_dict=False)[0]
+        again = vae.decode(z).sample
+        edits.undo()
+        restored = torch.equal(vae.decode(z, return_dict=False)[0], whole)
+    return ((split - whole).norm() / whole.norm()).item(), count, restored and torch.equal(split, again)
