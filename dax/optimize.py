@@ -7,6 +7,7 @@ that comes back describes the changes and takes them back.
 The module itself can be called: `dax.optimize(pipe)` and `from dax.optimize import resolve` mean one name.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,8 +18,11 @@ from dax.edits import Edits
 from dax.errors import DaxError
 from dax.facts import Facts
 from dax.hardware import Machine, machine
+from dax.parallel import planner
+from dax.parallel.planner import Ranks
 from dax.plan import DEFAULT_PRESET, Plan, plan_layer
 
+EIGHT_BIT = ("int8",)  # kernels whose operands can travel in 8 bits
 OPTIMIZED = WeakSet()  # transformers that carry an engine now
 
 
@@ -31,11 +35,18 @@ class Resolved:
     fallbacks: tuple[str, ...] = ()
 
 
-def resolve(plan: Plan, facts: Facts, machine: Machine, strict: bool = False, dtype: str = "bfloat16") -> Resolved:
+def resolve(
+    plan: Plan,
+    facts: Facts,
+    machine: Machine,
+    strict: bool = False,
+    dtype: str = "bfloat16",
+    ranks: Ranks = Ranks(),
+) -> Resolved:
     """The plan with every `auto` decided for that model on that machine. Pure: no torch, no weights.
 
     dtype is the transformer's. What does not run there falls back to something exact and is named; with `strict` it is
-    DaxError("unsupported") instead.
+    DaxError("unsupported") instead. ranks says how many share the work, and what is known of it.
     """
     notes, fallbacks, kernel, compiled = [], [], plan.attention.kernel, plan.compile
     best = attention.choose(machine, dtype, facts.head_dim)
@@ -50,8 +61,14 @@ def resolve(plan: Plan, facts: Facts, machine: Machine, strict: bool = False, dt
         compiled = "none"
     if strict and fallbacks:
         raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
+    parallel, said = planner.resolve_parallel(plan.parallel, facts, machine, ranks, eight_bit=kernel in EIGHT_BIT)
+    notes += said
     resolved = plan.model_copy(
-        update={"attention": plan.attention.model_copy(update={"kernel": kernel}), "compile": compiled}
+        update={
+            "attention": plan.attention.model_copy(update={"kernel": kernel}),
+            "parallel": parallel,
+            "compile": compiled,
+        }
     )
     return Resolved(resolved, tuple(notes), tuple(fallbacks))
 
@@ -76,7 +93,7 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     transformer = target.transformers[0]
     here = machine(device_of(transformer))
     dtype = str(transformer.dtype).removeprefix("torch.")
-    resolved = resolve(wanted, target.facts, here, strict, dtype)
+    resolved = resolve(wanted, target.facts, here, strict, dtype, ranks_here(guided=target.pipe is not None))
 
     edits = Edits()
     try:
@@ -101,11 +118,27 @@ def apply(plan: Plan, target, machine: Machine, dtype: str, edits: Edits) -> "li
         layers = target.attentions(cross=kind == "cross")
         count = attention.apply_attention(layers, WanProcessor(RUN[name], name), edits)
         changes.append(Change("attention.kernel", name, f"{kind}-attention layers", count, total))
+    if num_ranks() > 1:
+        from dax.parallel.apply import apply_parallel
+
+        changes += [Change(*change) for change in apply_parallel(target, plan.parallel, machine.device, edits)]
     if plan.compile == "blocks":
         changes.append(Change("compile", "blocks", "transformer blocks", apply_compile(target.blocks(), edits), total))
     for change in changes:
         change.check()
     return changes
+
+
+def ranks_here(guided: bool) -> Ranks:
+    """The ranks of the process group that is up."""
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
+    return Ranks(num_ranks(), node, guided)
+
+
+def num_ranks() -> int:
+    """1 unless a process group is up; asks torch.distributed only if something has imported it."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed.get_world_size() if distributed and distributed.is_initialized() else 1
 
 
 def device_of(transformer) -> str:

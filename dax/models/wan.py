@@ -102,6 +102,10 @@ class WanProcessor:
         projection, dropout = attn.to_out
         return dropout(projection(o))
 
+    def around(self, attend: Callable) -> "WanProcessor":
+        """The same processor around another attend, such as one that asks other ranks."""
+        return type(self)(attend, self.kernel)
+
     def __repr__(self):
         return f"WanProcessor({self.kernel!r})"
 

@@ -105,15 +105,17 @@ class SequenceAttention:
     """`attend` over all tokens, called like it: this rank's q, k, v [B, s, H, D] -> this rank's o [B, s, H, D].
 
     q, k and v may also be functions that compute them: they are called in the order V, K, Q, and each is on its way
-    while the next is computed. `chunks` head chunks hide the exchange under attention; 1 hides nothing.
+    while the next is computed. `chunks` head chunks hide the exchange under attention; 0 hides nothing at all.
     """
 
     def __init__(self, attend: Callable, sequence, chunks: int = 1):
         self.attend, self.sequence, self.chunks = attend, sequence, chunks
 
     def __call__(self, q, k, v):
-        wire, layout, chunks = self.sequence.wire, self.sequence.layout, self.chunks
+        wire, layout, chunks = self.sequence.wire, self.sequence.layout, max(self.chunks, 1)
         made, arriving = {}, {}
+        if self.chunks == 0:
+            v, k, q = (x() if callable(x) else x for x in (v, k, q))
 
         def issue(name: str, chunk: int):
             return to_heads(wire, layout, made[name], QUERY if name == "q" else KEY, chunk, chunks)

@@ -1,0 +1,38 @@
+"""The parallel part of a plan, applied to a model: groups made, tokens and branches shared out, the VAE's decode split."""
+
+from functools import partial
+
+from dax.parallel import mesh as meshes
+from dax.parallel.cfg import Guidance, apply_guidance
+from dax.parallel.sequence import Sequence, apply_sequence
+from dax.parallel.topology import Topology
+from dax.parallel.ulysses import SequenceAttention
+from dax.parallel.vae import apply_vae
+
+
+def apply_parallel(target, parallel, device: str, edits, tick=None) -> list[tuple[str, str, str, int, int]]:
+    """Share the work of `target` out over all ranks; collective. Returns (key, value, what, count, total) of each part.
+
+    target     .pipe, .transformers, .facts, .blocks(), .attentions(cross)
+    parallel   the plan's part, every key decided;  tick  called at every exchange that is started
+    """
+    topology = Topology(parallel.cfg, parallel.ulysses, parallel.rows)
+    mesh = meshes.build(topology, device, tick)
+    changes = []
+    for transformer in target.transformers:
+        if topology.sequence > 1:
+            sequence = Sequence(mesh.sequence, target.facts.num_heads, topology.ulysses, topology.rows)
+            blocks = apply_sequence(transformer, sequence, edits)
+            layers = [layer for layer in target.attentions(cross=False) if layer in set(transformer.modules())]
+            for layer in layers:
+                attend = SequenceAttention(layer.processor.attend, sequence, parallel.overlap)
+                edits.set_attribute(layer, "processor", layer.processor.around(attend))
+            value = f"{topology.ulysses} x rows {topology.rows}"
+            changes.append(("parallel.ulysses", value, "self-attention layers", len(layers), blocks))
+        if topology.cfg > 1:
+            guidance = Guidance(mesh.cfg, partial(getattr, target.pipe, "do_classifier_free_guidance"))
+            changes.append(("parallel.cfg", "2", "transformers", apply_guidance(transformer, guidance, edits), 1))
+    if parallel.vae == "split" and getattr(target.pipe, "vae", None) is not None:
+        count = apply_vae(target.pipe.vae, mesh.world, edits)
+        changes.append(("parallel.vae", "split", "layers of the VAE's decoder that look sideways", count, count))
+    return changes
