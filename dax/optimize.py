@@ -19,7 +19,7 @@ from dax.errors import DaxError
 from dax.facts import Facts
 from dax.hardware import Machine, machine
 from dax.parallel import planner
-from dax.parallel.planner import Ranks
+from dax.parallel.planner import ALONE, Ranks
 from dax.plan import DEFAULT_PRESET, Plan, plan_layer
 
 EIGHT_BIT = ("int8",)  # kernels whose operands can travel in 8 bits
@@ -41,7 +41,7 @@ def resolve(
     machine: Machine,
     strict: bool = False,
     dtype: str = "bfloat16",
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
 ) -> Resolved:
     """The plan with every `auto` decided for that model on that machine. Pure: no torch, no weights.
 
@@ -122,7 +122,9 @@ def apply(plan: Plan, target, machine: Machine, dtype: str, edits: Edits) -> "li
     if num_ranks() > 1:
         from dax.parallel.apply import apply_parallel
 
-        changes += [Change(*change) for change in apply_parallel(target, plan.parallel, machine.device, edits)]
+        plain = attention.backend_of("sdpa")
+
+        changes += [Change(*change) for change in apply_parallel(target, plan.parallel, machine.device, plain, edits)]
     if plan.compile == "blocks":
         changes.append(Change("compile", "blocks", "transformer blocks", apply_compile(target.blocks(), edits), total))
     for change in changes:

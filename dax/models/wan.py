@@ -103,9 +103,9 @@ class WanProcessor:
         projection, dropout = attn.to_out
         return dropout(projection(o))
 
-    def around(self, attend: Callable) -> "WanProcessor":
-        """The same processor around another attend, such as one that asks other ranks."""
-        return type(self)(attend, self.kernel)
+    def around(self, backend: Backend) -> "WanProcessor":
+        """The same processor around another backend, such as one that asks other ranks."""
+        return type(self)(backend, self.text)
 
     def __repr__(self):
         return f"WanProcessor({self.backend.name!r})"

@@ -1,4 +1,4 @@
-"""The parallel part of a plan, applied to a model: groups made, tokens and branches shared out, the VAE's decode split."""
+"""The parallel part of a plan, applied to a model: groups made, tokens, branches and the VAE's decode shared out."""
 
 from functools import partial
 
@@ -6,27 +6,32 @@ from dax.parallel import mesh as meshes
 from dax.parallel.cfg import Guidance, apply_guidance
 from dax.parallel.sequence import Sequence, apply_sequence
 from dax.parallel.topology import Topology
-from dax.parallel.ulysses import SequenceAttention
+from dax.parallel.ulysses import shared
 from dax.parallel.vae import apply_vae
 
 
-def apply_parallel(target, parallel, device: str, edits, tick=None) -> list[tuple[str, str, str, int, int]]:
+def apply_parallel(target, parallel, device: str, plain, edits, tick=None) -> list[tuple[str, str, str, int, int]]:
     """Share the work of `target` out over all ranks; collective. Returns (key, value, what, count, total) of each part.
 
     target     .pipe, .transformers, .facts, .blocks(), .attentions(cross)
-    parallel   the plan's part, every key decided;  tick  called at every exchange that is started
+    parallel   the plan's part, every key decided
+    plain      the backend whose operands are q, k, v themselves;  tick  called at every exchange that is started
     """
     topology = Topology(parallel.cfg, parallel.ulysses, parallel.rows)
     mesh = meshes.build(topology, device, tick)
     changes = []
     for transformer in target.transformers:
         if topology.sequence > 1:
-            sequence = Sequence(mesh.sequence, target.facts.num_heads, topology.ulysses, topology.rows)
+            inside = set(transformer.modules())
+            layers = [layer for layer in target.attentions(cross=False) if layer in inside]
+            align = max(layer.processor.backend.token_align for layer in layers)
+            sequence = Sequence(mesh.sequence, target.facts.num_heads, topology.ulysses, topology.rows, align)
             blocks = apply_sequence(transformer, sequence, edits)
-            layers = [layer for layer in target.attentions(cross=False) if layer in set(transformer.modules())]
             for layer in layers:
-                attend = SequenceAttention(layer.processor.attend, sequence, parallel.overlap)
-                edits.set_attribute(layer, "processor", layer.processor.around(attend))
+                backend = layer.processor.backend
+                travel = plain if parallel.wire == "plain" and backend.layout != plain.layout else None
+                backend = shared(backend, sequence, parallel.overlap, travel)
+                edits.set_attribute(layer, "processor", layer.processor.around(backend))
             value = f"{topology.ulysses} x rows {topology.rows}"
             changes.append(("parallel.ulysses", value, "self-attention layers", len(layers), blocks))
         if topology.cfg > 1:

@@ -1,8 +1,8 @@
 """What a topology would cost, from a model's shape and a machine's rates, and which one to take. Arithmetic only.
 
 One layer is its computation over u x r ranks, plus what of the exchange nothing hides, plus what hiding costs the
-computation. `predict` says the time of each part; `best` takes the topology with the least. Rates and links are measured
-ones where they are known, and every figure that comes out is a prediction.
+computation. `predict` says the time of each part; `best` takes the topology with the least. Rates and links are
+measured ones where they are known, and every figure that comes out is a prediction.
 """
 
 from dataclasses import dataclass, replace
@@ -216,6 +216,9 @@ class Ranks:
     node: int | None = None
     guided: bool = True
     tokens: int | None = None  # of the clip; the model's own size when None
+
+
+ALONE = Ranks()
 
 
 def resolve_parallel(asked, facts: Facts, machine, ranks: Ranks, eight_bit: bool) -> tuple:

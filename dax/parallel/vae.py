@@ -5,6 +5,7 @@ needs every pixel's key and value: it gathers those. Norms are per pixel and ups
 local. Duck-typed on AutoencoderKLWan: convolutions, and blocks with `to_qkv`.
 """
 
+import warnings
 from functools import partial
 
 import torch
@@ -60,10 +61,15 @@ def apply_vae(vae, wire, edits) -> int:
 
 
 def decode(strips: Strips, vae, inner, z: torch.Tensor, return_dict: bool = True):
-    """vae.decode. DaxError("bad_request") for fewer latent columns than ranks, or a tiled VAE."""
+    """vae.decode. A clip narrower than the ranks are many is decoded whole by each, with a warning.
+
+    DaxError("bad_request") for a tiled VAE.
+    """
     if vae.use_tiling or vae.use_slicing:
         raise DaxError("bad_request", "parallel.vae = split: the VAE is tiled or sliced already; choose one of the two")
-    check_columns(z.shape[-1], strips.wire.ranks)
+    if problem := too_narrow(z.shape[-1], strips.wire.ranks):
+        warnings.warn(problem, stacklevel=2)
+        return inner(z, return_dict=return_dict)
     widths = split_sizes(z.shape[-1], strips.wire.ranks)
     start, end = ranges(widths)[strips.wire.rank]
     strips.widths = widths
@@ -75,11 +81,9 @@ def decode(strips: Strips, vae, inner, z: torch.Tensor, return_dict: bool = True
     return output if return_dict else (output.sample,)
 
 
-def check_columns(columns: int, ranks: int) -> None:
-    if columns < ranks:
-        raise DaxError(
-            "bad_request", f"parallel.vae = split: {columns} latent columns on {ranks} ranks; set parallel.vae = none"
-        )
+def too_narrow(columns: int, ranks: int) -> str | None:
+    """Why a clip of so many latent columns cannot be split, or None if it can."""
+    return f"parallel.vae = split: {columns} latent columns on {ranks} ranks; none instead" if columns < ranks else None
 
 
 def conv_forward(strips: Strips, conv, inner, x: torch.Tensor, *cache):

@@ -2,8 +2,6 @@
 
 import pytest
 
-from dax.errors import DaxError
-from dax.parallel.vae import check_columns
 from tests.parallel import tasks
 
 
@@ -14,6 +12,5 @@ def test_split_decode_equals_the_whole(ranks, count, columns):
         assert layers > 15 and repeatable
 
 
-def test_too_few_columns_are_refused():
-    with pytest.raises(DaxError, match="8 latent columns on 9 ranks; set parallel.vae = none"):
-        check_columns(8, 9)
+def test_a_clip_narrower_than_the_ranks_are_many_is_decoded_whole(ranks):
+    assert ranks(4).run(tasks.vae_too_narrow) == [(True, True)] * 4
