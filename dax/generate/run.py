@@ -85,7 +85,7 @@ def generate(job: Job, log=lambda text: None) -> dict:
     check_memory(facts, request, checked.parameters * dtype.itemsize, dtype.itemsize, here.memory_gib)
     checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked)
     resolved = resolve(asked, facts, here, job.strict, str(dtype).removeprefix("torch."), checkpoint)  # before loading
-    check_steps(resolved.plan, facts, request, checkpoint)
+    check_steps(resolved, facts, request, checkpoint)
     path = Path(job.output or video.default_name(request.prompt, request.seed, resolved.plan.hash()))
     video.check_target(path, job.overwrite)
     rescue = Path(job.keep_frames_on_error) if job.keep_frames_on_error else None
@@ -323,19 +323,19 @@ class Forwards:
 
 def checkpoint_of(checked) -> str:
     """The digest a calibration of this checkpoint carries, from its folder."""
-    from dax.cache.checkpoint import folder_digest
+    from dax.cache.checkpoint import TENSOR, folder_digest
     from dax.generate.checkpoint import read_weights
 
-    tensors, _, _ = read_weights(checked.folder / "transformer", "diffusion_pytorch_model")
-    return folder_digest(tensors, checked.facts.num_layers)
+    tensors = read_weights(checked.folder / "transformer", "diffusion_pytorch_model")[0]
+    return folder_digest(tensors[TENSOR].file, checked.facts.num_layers)
 
 
-def check_steps(plan: Plan, facts, request, checkpoint: str | None):
+def check_steps(resolved, facts, request, checkpoint: str | None):
     """The step plan of a resolved plan as far as it is known without weights, else None.
 
     DaxError("bad_request") if it cannot serve the request.
     """
-    if plan.cache.policy == "none":
+    if resolved.plan.cache.policy == "none":
         return None
     setting = Setting(
         steps=request.steps,
@@ -343,7 +343,8 @@ def check_steps(plan: Plan, facts, request, checkpoint: str | None):
         guidance_scale=request.guidance_scale,
         checkpoint=checkpoint,
     )
-    return maker(plan.cache, facts.name, checkpoint)(setting, flow_sigmas(request.steps, request.flow_shift))
+    make = maker(resolved.plan.cache, resolved.calibration, facts.name)
+    return make(setting, flow_sigmas(request.steps, request.flow_shift))
 
 
 @contextmanager
