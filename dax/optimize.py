@@ -90,16 +90,17 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
 
 def apply(plan: Plan, target, machine: Machine, dtype: str, edits: Edits) -> "list[Change]":
     """Change the model as a resolved plan says, in this order; every change is in `edits`, counted and checked."""
-    from dax.attention.dense import RUN
     from dax.compile import apply_compile
+    from dax.models.text_memory import remember_text
     from dax.models.wan import WanProcessor
 
     total, kernel = len(target.blocks()), plan.attention.kernel
     kernel_for_cross = attention.kernel_for_cross(kernel, machine, dtype, target.facts.head_dim)
-    changes = []
+    changes, memory = [], remember_text(target, edits)
     for kind, name in (("self", kernel), ("cross", kernel_for_cross)):
         layers = target.attentions(cross=kind == "cross")
-        count = attention.apply_attention(layers, WanProcessor(RUN[name], name), edits)
+        processor = WanProcessor(attention.backend_of(name), memory)
+        count = attention.apply_attention(layers, processor, edits)
         changes.append(Change("attention.kernel", name, f"{kind}-attention layers", count, total))
     if plan.compile == "blocks":
         changes.append(Change("compile", "blocks", "transformer blocks", apply_compile(target.blocks(), edits), total))

@@ -86,7 +86,7 @@ def test_the_comparison_would_notice(random_pipe, monkeypatch):
     from dax.attention import dense
 
     stock, right = render(random_pipe), dense.sdpa
-    monkeypatch.setitem(dense.RUN, "sdpa", lambda q, k, v: 0.9 * right(q, k, v))
+    monkeypatch.setitem(dense.RUN, "sdpa", lambda q, k, v, scale: 0.9 * right(q, k, v, scale))
     with dax.optimize(random_pipe, attention={"kernel": "sdpa"}):
         assert relative(render(random_pipe), stock) > 1e-2
 

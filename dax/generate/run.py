@@ -9,19 +9,24 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate import video
-from dax.generate.request import check_memory, make_request
+from dax.generate.preflight import Checked, locate, preflight, verify
+from dax.generate.request import check_memory, make_request, request_fields
+from dax.models.tiny import FOLDER
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
 
 
 @dataclass(frozen=True)
 class Job:
-    """What `dax generate` was asked for. `given` holds the request's fields that were stated."""
+    """What `dax generate` was asked for. `given` holds the request's fields that were stated.
+
+    `from_clip` is an earlier clip whose request, model and plan stand where nothing else is stated.
+    """
 
     given: dict
     output: str | None = None
@@ -35,6 +40,7 @@ class Job:
     strict: bool = False
     allow_empty_prompt: bool = False
     keep_frames_on_error: str | None = None
+    from_clip: str | None = None
 
 
 @dataclass
@@ -58,19 +64,13 @@ def generate(job: Job, log=lambda text: None) -> dict:
     finite; "cannot_write" when the file cannot be written. Costs the model's bytes and its run time.
     """
     start = time.perf_counter()
-    checked = check_model(job)
+    job, earlier = with_earlier(job)
+    checked = check_model(job.model)
     facts = checked.facts
     request, remarks = make_request(facts, job.given, job.round, job.allow_empty_prompt)
-    asked, _ = Plan.from_layers(
-        [plan_layer(job.plan or DEFAULT_PRESET), *((f"--set {text}", parse_set(text)) for text in job.sets)]
-    )
-    path = Path(job.output or video.default_name(request.prompt, request.seed, asked.hash()))
-    video.check_target(path, job.overwrite)
-    rescue = Path(job.keep_frames_on_error) if job.keep_frames_on_error else None
-    if rescue is not None:
-        if rescue.suffix != ".npz":
-            raise DaxError("cannot_write", f"--keep-frames-on-error {rescue}: must end in .npz")
-        video.check_target(rescue, overwrite=False)
+    asked, _ = Plan.from_layers(plan_layers(job, earlier))
+    if earlier.get("model_digest", checked.digest) != checked.digest:
+        remarks.append(f"the model is not the one of {job.from_clip}: its digest differs")
 
     import torch
 
@@ -79,8 +79,17 @@ def generate(job: Job, log=lambda text: None) -> dict:
 
     here = machine(job.device)
     dtype = torch.bfloat16 if here.device == "cuda" else torch.float32
-    check_memory(facts, request, checked.bytes * (1 if here.device == "cuda" else 2), dtype.itemsize, here.memory_gib)
-    resolve(asked, facts, here, job.strict, str(dtype).removeprefix("torch."))  # refuses before loading
+    check_memory(facts, request, checked.parameters * dtype.itemsize, dtype.itemsize, here.memory_gib)
+    resolved = resolve(asked, facts, here, job.strict, str(dtype).removeprefix("torch."))  # refuses before loading
+    path = Path(job.output or video.default_name(request.prompt, request.seed, resolved.plan.hash()))
+    video.check_target(path, job.overwrite)
+    rescue = Path(job.keep_frames_on_error) if job.keep_frames_on_error else None
+    if rescue is not None:
+        if rescue.suffix != ".npz" or rescue == path:
+            raise DaxError("cannot_write", f"--keep-frames-on-error {rescue}: must be another file, ending in .npz")
+        video.check_target(rescue, overwrite=False)
+    if job.verify:
+        remarks += verify(checked)
 
     clock = Clock()
     with out_of_memory(request):
@@ -125,21 +134,37 @@ def generate(job: Job, log=lambda text: None) -> dict:
     return {**record, "seconds": {**clock.seconds, "total": total}}
 
 
-def check_model(job: Job):
+def with_earlier(job: Job) -> tuple[Job, dict]:
+    """The job with what an earlier clip tells filled in, and that clip's record ({} without one)."""
+    if job.from_clip is None:
+        return job, {}
+    record = video.read_record(Path(job.from_clip))
+    stated = {name: value for name, value in job.given.items() if value is not None}
+    model = job.model or record.get("model")
+    if not isinstance(model, str | None):
+        raise DaxError("bad_request", f"{job.from_clip}: its record names no model")
+    return replace(job, given={**request_fields(record), **stated}, model=model), record
+
+
+def plan_layers(job: Job, earlier: dict) -> list[tuple[str, dict]]:
+    """Lowest first: --plan, else the plan of an earlier clip, else the default preset; then each --set."""
+    if job.plan is None and "plan" in earlier:
+        base = (f"clip {job.from_clip}", earlier["plan"])
+    else:
+        base = plan_layer(job.plan or DEFAULT_PRESET)
+    return [base, *((f"--set {text}", parse_set(text)) for text in job.sets)]
+
+
+def check_model(model: str | None) -> Checked:
     """The preflight of the folder, the hub's model or the embedded one."""
-    from dax.generate.preflight import locate, preflight
-    from dax.models.tiny import FOLDER
-
-    if job.model in (None, "tiny"):
-        return preflight(FOLDER, job.verify)
-    if job.model in FACTS:
-        raise DaxError(
-            "bad_model", f"--model {job.model}: only its shapes are known; give a diffusers folder or a hub id"
-        )
-    return preflight(locate(job.model), job.verify)
+    if model in (None, "tiny"):
+        return preflight(FOLDER)
+    if model in FACTS:
+        raise DaxError("bad_model", f"--model {model}: only its shapes are known; give a diffusers folder or a hub id")
+    return preflight(locate(model))
 
 
-def load(checked, device: str, dtype):
+def load(checked: Checked, device: str, dtype):
     """The pipeline, from safetensors only and nothing but local files. The VAE stays in fp32, as its authors run it."""
     import torch
     from diffusers import WanPipeline
