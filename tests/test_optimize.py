@@ -303,7 +303,7 @@ def test_resolve_decides_every_auto_and_is_pure():
 def test_resolve_falls_back_by_name():
     plan = Plan.from_layers([("test", {"attention.kernel": "flash", "compile": "blocks"})])[0]
     resolved = resolve(plan, TINY, replace(H200, compiler=None))
-    assert resolved.plan.leaves() == {"attention.kernel": "cudnn", "compile": "none"}
+    assert resolved.plan.leaves().items() >= {"attention.kernel": "cudnn", "compile": "none"}.items()
     assert [text.split(":")[0] for text in resolved.fallbacks] == ["attention.kernel = flash", "compile = blocks"]
     with pytest.raises(DaxError, match="attention.kernel = flash.*; compile = blocks"):
         resolve(plan, TINY, replace(H200, compiler=None), strict=True)
