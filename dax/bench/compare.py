@@ -47,7 +47,7 @@ def compare(job: Job, log=lambda text: None, ready=lambda: None) -> tuple[Compar
     DaxError before anything is loaded for bad plans, prompts, sizes or models. A cell that is finished in the output
     folder is not run again, so a comparison that was cut off goes on where it stopped. Costs plans x prompts clips.
     """
-    checked = run.check_model(run.Job({}, model=job.model))
+    checked = run.check_model(job.model)
     name = job.model or "tiny"
     prompts = read_prompts(job.prompts or default_prompts(name))
     check_whole("attribute", job.attribute, 0, 10_000)
@@ -65,16 +65,17 @@ def compare(job: Job, log=lambda text: None, ready=lambda: None) -> tuple[Compar
     here = machine(job.device)
     dtype = torch.bfloat16 if here.device == "cuda" else torch.float32
     dtype_name = str(dtype).removeprefix("torch.")
-    weights = checked.bytes * (1 if here.device == "cuda" else 2)
+    weights = checked.parameters * dtype.itemsize
     check_memory(checked.facts, requests[0], weights, dtype.itemsize, here.memory_gib)
-    found, splits = arrangements(
-        list(job.plans),
-        lambda plan: resolve(plan, checked.facts, here, job.strict, dtype_name),
-        here,
-        dtype_name,
-        checked.facts.head_dim,
-        knobs=job.attribute > 0,
-    )
+    checkpoint = run.checkpoint_of(checked)
+
+    def resolved(plan):
+        found = resolve(plan, checked.facts, here, job.strict, dtype_name, checkpoint)
+        run.check_steps(found.plan, checked.facts, requests[0], checkpoint)
+        return found
+
+    knobs, head_dim = job.attribute > 0, checked.facts.head_dim
+    found, splits = arrangements(list(job.plans), resolved, here, dtype_name, head_dim, knobs)
     common = {"model": checked.digest, "device": here.name, "dtype": dtype_name, "versions": versions(here)}
     ready()
     runner = Runner(checked, here.device, dtype, job.strict, log)

@@ -7,7 +7,7 @@ memory on a GPU, and its sums come in another order (3e-7 on the tiny model), so
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dax.bench import quality
@@ -85,8 +85,6 @@ class Runner:
 
     def warm_up(self, request: Request) -> None:
         """One step and a decode, thrown away, so that no plan pays for the first use of anything."""
-        from dataclasses import replace
-
         pipe, (embeds, _, _) = self.pipe(request.flow_shift), self.text(request)
         run.decode(pipe, run.denoise(pipe, replace(request, steps=1), *embeds))
 
@@ -122,7 +120,7 @@ class Runner:
         trajectory = np.stack([latents.numpy() for latents in trajectory])
         cell = Cell(
             prompt=index,
-            computed=forwards.computed(guided=request.guidance_scale > 1),
+            computed=dict(forwards.computed),
             seconds=meter.seconds,
             peak_gib=meter.peak_gib,
             **distances(*(reference or (frames, trajectory)), frames, trajectory),
@@ -152,18 +150,20 @@ def rounded_attention(pipe):
     """Every attention of an optimized pipeline computes on q, k and v rounded to bf16."""
     import torch
 
-    from dax.attention import apply_attention
-    from dax.attention.dense import sdpa
+    from dax.attention import apply_attention, backend_of
     from dax.edits import Edits
     from dax.models.wan import WanProcessor, target_of
 
-    def rounded(q, k, v, scale=None):
-        return sdpa(q.to(torch.bfloat16), k.to(torch.bfloat16), v.to(torch.bfloat16), scale).to(q.dtype)
+    sdpa = backend_of("sdpa")
 
+    def rounded(operands, num_keys, scale=None):
+        return sdpa.attend([x.to(torch.bfloat16) for x in operands], num_keys, scale).to(operands[0].dtype)
+
+    processor = WanProcessor(replace(sdpa, name="sdpa in bf16", attend=rounded))
     target, edits = target_of(pipe), Edits()
     try:
         for cross in (False, True):
-            apply_attention(target.attentions(cross), WanProcessor(rounded, "sdpa in bf16"), edits)
+            apply_attention(target.attentions(cross), processor, edits)
         yield
     finally:
         edits.undo()

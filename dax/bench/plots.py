@@ -71,7 +71,7 @@ def curves(
 
 def bars(rows: list[tuple[str, str, float, str]], band: tuple[float, float] | None, caption: str) -> str:
     """One horizontal bar per row (label, colour's class, value, what is written behind it), the band across all."""
-    left, right, step = 150, 90, 30
+    left, right, step = 150, 130, 30
     high = max([value for _, _, value, _ in rows] + ([band[1]] if band else [])) or 1.0
     height = step * len(rows) + 10
 

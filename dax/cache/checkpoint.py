@@ -5,6 +5,7 @@ Fine-tuning moves it; an adapter on other layers does not. Nothing here imports 
 """
 
 import hashlib
+import json
 
 import numpy as np
 
@@ -17,11 +18,13 @@ def digest(bf16: bytes, num_layers: int) -> str:
 
 
 def folder_digest(tensors: dict, num_layers: int) -> str:
-    """The digest of a folder; `tensors` says where each lies, as `dax.generate.checkpoint.read_weights` gives them."""
+    """The digest of a folder; `tensors` says which file has each, as `dax.generate.checkpoint.read_weights` does."""
     found = tensors[TENSOR]
-    with found.file.open("rb") as file:
-        file.seek(found.start)
-        raw = file.read(found.stop - found.start)
+    with found.file.open("rb") as file:  # a safetensors file: the header's length, the header, the tensors
+        length = int.from_bytes(file.read(8), "little")
+        start, stop = json.loads(file.read(length))[TENSOR]["data_offsets"]
+        file.seek(8 + length + start)
+        raw = file.read(stop - start)
     if found.dtype == "F16":
         raw = np.frombuffer(raw, "<f2").astype("<f4").tobytes()
     if found.dtype != "BF16":

@@ -328,7 +328,7 @@ def checkpoint_of(checked) -> str:
     from dax.cache.checkpoint import folder_digest
     from dax.generate.checkpoint import read_weights
 
-    tensors, _, _ = read_weights(checked.folder / "transformer", "diffusion_pytorch_model")
+    tensors, _ = read_weights(checked.folder / "transformer", "diffusion_pytorch_model")
     return folder_digest(tensors, checked.facts.num_layers)
 
 
