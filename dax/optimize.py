@@ -7,6 +7,7 @@ that comes back describes the changes and takes them back.
 The module itself can be called: `dax.optimize(pipe)` and `from dax.optimize import resolve` mean one name.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +21,11 @@ from dax.edits import Edits
 from dax.errors import DaxError
 from dax.facts import Facts
 from dax.hardware import Machine, machine
+from dax.parallel import planner
+from dax.parallel.planner import ALONE, Ranks
 from dax.plan import DEFAULT_PRESET, Plan, plan_layer
 
+EIGHT_BIT = ("int8",)  # kernels whose operands can travel in 8 bits
 OPTIMIZED = WeakSet()  # transformers that carry an engine now
 
 
@@ -42,11 +46,13 @@ def resolve(
     strict: bool = False,
     dtype: str = "bfloat16",
     checkpoint: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Resolved:
     """The plan with every `auto` decided for that model on that machine. Pure: no torch, no weights.
 
-    dtype and checkpoint (its digest, see dax.cache.checkpoint) are the transformer's. What does not run there falls
-    back to something exact and is named; with `strict` it is DaxError("unsupported") instead.
+    dtype and checkpoint (its digest, see dax.cache.checkpoint) are the transformer's; ranks says how many share the
+    work, and what is known of it. What does not run there falls back to something exact and is named; with `strict` it
+    is DaxError("unsupported") instead.
     """
     notes, fallbacks, kernel, compiled = [], [], plan.attention.kernel, plan.compile
     best = attention.choose(machine, dtype, facts.head_dim)
@@ -59,8 +65,14 @@ def resolve(
     if compiled == "blocks" and machine.packages is not None and machine.compiler is None:
         fallbacks.append("compile = blocks: no C++ compiler found (install g++ or set CXX); none instead")
         compiled = "none"
+    parallel, said = planner.resolve_parallel(plan.parallel, facts, machine, ranks, eight_bit=kernel in EIGHT_BIT)
+    notes += said
     resolved = plan.model_copy(
-        update={"attention": plan.attention.model_copy(update={"kernel": kernel}), "compile": compiled}
+        update={
+            "attention": plan.attention.model_copy(update={"kernel": kernel}),
+            "parallel": parallel,
+            "compile": compiled,
+        }
     )
     cached, calibration, more, fell = resolve_cache(plan.cache, facts.name, checkpoint, kernels_of(resolved))
     notes, fallbacks = notes + more, fallbacks + fell
@@ -96,7 +108,8 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     here = machine(device_of(transformer))
     dtype = str(transformer.dtype).removeprefix("torch.")
     checkpoint = None if wanted.cache.policy == "none" else checkpoint_of(transformer)
-    resolved = resolve(wanted, target.facts, here, strict, dtype, checkpoint)
+    ranks = ranks_here(guided=target.pipe is not None)
+    resolved = resolve(wanted, target.facts, here, strict, dtype, checkpoint, ranks)
 
     edits = Edits()
     try:
@@ -125,6 +138,12 @@ def apply(plan: Plan, target, machine: Machine, dtype: str, edits: Edits) -> "li
         processor = WanProcessor(attention.backend_of(name), memory)
         count = attention.apply_attention(layers, processor, edits)
         changes.append(Change("attention.kernel", name, f"{kind}-attention layers", count, total))
+    if num_ranks() > 1:
+        from dax.parallel.apply import apply_parallel
+
+        plain = attention.backend_of("sdpa")
+
+        changes += [Change(*change) for change in apply_parallel(target, plan.parallel, machine.device, plain, edits)]
     if plan.compile == "blocks":
         changes.append(Change("compile", "blocks", "transformer blocks", apply_compile(target.blocks(), edits), total))
     for change in changes:
@@ -152,6 +171,18 @@ def gate_of(resolved: Resolved, target, checkpoint: str | None, edits: Edits):
     return apply_cache(
         transformer, target.pipe, make, edits, residual=residual, checkpoint=checkpoint, kernels=kernels_of(plan)
     )
+
+
+def ranks_here(guided: bool) -> Ranks:
+    """The ranks of the process group that is up."""
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
+    return Ranks(num_ranks(), node, guided)
+
+
+def num_ranks() -> int:
+    """1 unless a process group is up; asks torch.distributed only if something has imported it."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed.get_world_size() if distributed and distributed.is_initialized() else 1
 
 
 def device_of(transformer) -> str:

@@ -18,7 +18,7 @@ from dax.plan_file import parse_scalar, read_yaml
 DEFAULT_PRESET = "exact"
 PLANS = Path(__file__).parent / "plans"
 NOT_YET_PRESETS = ("balanced", "original")
-NOT_YET_KEYS = ("linear", "blocks", "parallel", "offload")  # the whole part; its sub-keys too
+NOT_YET_KEYS = ("linear", "blocks", "offload")  # the whole part; its sub-keys too
 NOT_YET_VALUES = (("attention.kernel", "int8"),)
 
 
@@ -69,11 +69,27 @@ class Cache(Part):
         return self
 
 
+Auto = Literal["auto"]
+Degree = Auto | Annotated[int, Field(ge=1)]
+
+
+class Parallel(Part):
+    """How ranks share the work. `auto` is the planner's choice; on one rank there is nothing to share."""
+
+    cfg: Auto | Annotated[int, Field(ge=1, le=2)] = "auto"  # guidance branches at a time
+    ulysses: Degree = "auto"  # head groups
+    rows: Degree = "auto"  # query groups
+    overlap: Auto | Annotated[int, Field(ge=0, le=64)] = "auto"  # head chunks that hide the exchange; 0: hide nothing
+    wire: Literal["auto", "plain", "8bit"] = "auto"  # q, k, v as they are, or as 8-bit attention takes them
+    vae: Literal["auto", "split", "none"] = "auto"  # decoded by all ranks, a strip each, or by every rank alone
+
+
 class Plan(Part):
     """How a model is to be run. Frozen and hashable; `Plan()` is the preset `exact`."""
 
     attention: Attention = Attention()
     cache: Cache = Cache()
+    parallel: Parallel = Parallel()
     compile: Literal["none", "blocks"] = "none"
 
     @classmethod
@@ -116,7 +132,8 @@ class Plan(Part):
             path = ".".join(map(str, first["loc"]))
             key = next((leaf for leaf in provenance if path == leaf or path.startswith(f"{leaf}.")), path)
             where = provenance.get(key, "plan")
-            said = first["msg"].removeprefix("Value error, ")
+            same = [e for e in error.errors() if ".".join(map(str, e["loc"])).startswith(key)]  # one per kind of value
+            said = " or ".join(dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in same))
             raise DaxError("bad_request", f"{where}: {key} = {first['input']!r}: {said}") from None
 
     def to_yaml(self) -> str:
@@ -190,7 +207,10 @@ def flatten(values: Any, source: str, prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         key = f"{prefix}{name}"
         is_part = isinstance(value, dict) and not is_mapping(key)
-        inner = flatten(value, source, f"{key}.") if is_part else {key: value}
+        if key == "parallel" and value == "auto":  # the one group that has a word for all of its keys
+            inner = {leaf: "auto" for leaf in plan_keys() if leaf.startswith("parallel.")}
+        else:
+            inner = flatten(value, source, f"{key}.") if is_part else {key: value}
         for leaf, leaf_value in inner.items():
             if leaf in leaves and leaves[leaf] != leaf_value:
                 raise DaxError(

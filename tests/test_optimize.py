@@ -255,7 +255,7 @@ def test_bad_overrides_are_refused_before_anything_changes(random_pipe, override
 def test_overrides_win_over_the_plan(random_pipe, tmp_path, compiler):
     (tmp_path / "plan.yaml").write_text("attention:\n  kernel: sdpa\ncompile: none\n")
     with dax.optimize(random_pipe, str(tmp_path / "plan.yaml"), compile="blocks") as engine:
-        assert engine.plan == EXACT_SDPA.model_copy(update={"compile": "blocks"})
+        assert (engine.plan.attention, engine.plan.compile) == (EXACT_SDPA.attention, "blocks")
 
 
 def test_a_bare_transformer(random_pipe):
@@ -307,9 +307,8 @@ def test_resolve_falls_back_by_name():
     assert [text.split(":")[0] for text in resolved.fallbacks] == ["attention.kernel = flash", "compile = blocks"]
     with pytest.raises(DaxError, match="attention.kernel = flash.*; compile = blocks"):
         resolve(plan, TINY, replace(H200, compiler=None), strict=True)
-    assert resolve(plan, TINY, MACHINES["h200"], strict=True).plan == plan, (
-        "a data sheet is taken to have what it needs"
-    )
+    on_paper = resolve(plan, TINY, MACHINES["h200"], strict=True).plan  # a data sheet is taken to have what it needs
+    assert on_paper.leaves().items() >= {"attention.kernel": "flash", "compile": "blocks"}.items()
 
 
 def test_an_engine_keeps_no_model_alive(random_pipe):

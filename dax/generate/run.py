@@ -246,9 +246,10 @@ def pipe_clean(text: str) -> str:
     return prompt_clean(text)
 
 
-def denoise(pipe, request, prompt_embeds, negative_embeds):
+def denoise(pipe, request, prompt_embeds, negative_embeds, on_step=lambda step, latents: None):
     """The pipeline's own loop, noise from a CPU generator so that a seed means the same everywhere.
 
+    on_step   called after every step with its number from 0 and the latents, which it must not change
     Returns latents [1, 16, F, H / 8, W / 8] fp32. DaxError("check_failed") if one is not finite.
     """
     import torch
@@ -258,7 +259,8 @@ def denoise(pipe, request, prompt_embeds, negative_embeds):
 
         def step_done(pipe, step, timestep, tensors):
             bar.update()
-            return tensors
+            on_step(step, tensors["latents"])
+            return {}
 
         latents = pipe(
             prompt_embeds=prompt_embeds,
@@ -271,7 +273,7 @@ def denoise(pipe, request, prompt_embeds, negative_embeds):
             generator=torch.Generator("cpu").manual_seed(request.seed),
             output_type="latent",
             callback_on_step_end=step_done,
-            callback_on_step_end_tensor_inputs=[],
+            callback_on_step_end_tensor_inputs=["latents"],
         ).frames
     if not torch.isfinite(latents).all():
         raise DaxError("check_failed", f"the latents are not finite after {request.steps} steps: no clip was written")

@@ -31,25 +31,25 @@ class Sequence:
 
 
 def apply_sequence(transformer, sequence: Sequence, edits) -> int:
-    """Cut the tokens before the first block and join them after the head; returns the number of blocks in between.
+    """Cut the tokens after the patch embedding and join them after the head; returns the number of blocks in between.
 
-    The rotary table is cut with them: each rank rotates its own tokens, before any exchange.
+    The rotary table, which the vendor makes first, is cut too: each rank rotates its own tokens before any exchange.
+    Nothing is hooked to a block, so blocks may be compiled, fused or replaced.
     """
 
     def shard_table(rope, inputs, tables):
         sequence.begin(tables[0].shape[1])
         return tuple(sequence.shard(table, 1) for table in tables)  # [1, S, 1, D] each
 
-    def shard_tokens(block, inputs):
-        hidden_states, *others = inputs
-        return sequence.shard(hidden_states, 1).contiguous(), *others
+    def shard_tokens(embedding, inputs, patches):
+        return sequence.shard(patches.flatten(2), 2).unflatten(2, (-1, 1, 1))  # [B, C, s, 1, 1]
 
     def gather_tokens(head, inputs, output):
         return sequence.gather(output, 1)
 
     for register in (
         lambda: transformer.rope.register_forward_hook(shard_table),
-        lambda: transformer.blocks[0].register_forward_pre_hook(shard_tokens),
+        lambda: transformer.patch_embedding.register_forward_hook(shard_tokens),
         lambda: transformer.proj_out.register_forward_hook(gather_tokens),
     ):
         add_hook(register, edits)

@@ -1,17 +1,17 @@
 """Attention over all tokens, when each rank holds a share of them: tokens -> heads, attend, heads -> tokens.
 
 Each tensor goes in one all-to-all with static split sizes. Heads go in chunks, so that the attention of one chunk hides
-the exchange of its neighbours. What an attention needs of its operands is told by `Axes`; nothing here knows a kernel.
+the exchange of its neighbours. What travels is what the attention backend's record says; nothing here knows a kernel.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
 from dax.parallel.topology import Layout
-from dax.parallel.wire import as_bytes
+from dax.parallel.wire import as_bytes, gather
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,6 @@ class Axes:
     heads: int
     per: int = 1
     query: bool = False
-
-
-QUERY, KEY = Axes(1, 2, query=True), Axes(1, 2)  # [B, S, H, D]
 
 
 def to_heads(wire, layout: Layout, x: torch.Tensor, axes: Axes, chunk: int = 0, chunks: int = 1) -> Callable:
@@ -101,35 +98,82 @@ def pack(parts: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
     return buffer
 
 
-class SequenceAttention:
-    """`attend` over all tokens, called like it: this rank's q, k, v [B, s, H, D] -> this rank's o [B, s, H, D].
+def shared(backend, sequence, chunks: int = 0, travel=None):
+    """An attention backend whose tokens lie on several ranks: called like `backend`, with this rank's tokens.
 
-    q, k and v may also be functions that compute them: they are called in the order V, K, Q, and each is on its way
-    while the next is computed. `chunks` head chunks hide the exchange under attention; 1 hides nothing.
+    backend   the record of an attention (dax.attention.Backend), which then sees all tokens of some heads
+    chunks    head chunks, so that the attention of one hides the exchange of the next; 0 and 1 exchange all at once
+    travel    the backend whose operands travel; the same one by default. With 8-bit operands half the bytes do, and
+              what is attended is bit for bit what one process would attend: the range of V and the shift of K come
+              from all tokens, tile by tile in their order
+    """
+    travel = travel or backend
+    axes = [
+        Axes(tokens, heads, per, query=index < travel.num_query_operands)
+        for index, (heads, tokens, per) in enumerate(travel.layout)
+    ]
+    wire, chunks = sequence.wire, max(chunks, 1)
+
+    def stats(k, v, heads, turn):
+        found = travel.stats(k, v, heads, turn)
+        if found is None:
+            return None
+        per_tile, widest = found
+        tiles = [-(-size // travel.token_align) for size in sequence.layout.token_sizes]
+        entries = per_tile.shape[1] // tiles[wire.rank]
+        every = gather(wire, widest.unsqueeze(0), (1,) * wire.ranks, 0)
+        return gather(wire, per_tile, tuple(count * entries for count in tiles), 1), every.amax(0)
+
+    def prepare(q, k, v, heads, turn, stats, scale=None):
+        operands = travel.prepare(q, k, v, heads, turn, stats, scale)
+        return Exchange(wire, sequence.layout, operands, axes, chunks, done=type(turn)())
+
+    def attend(exchange, num_keys, scale=None):
+        def run(operands):
+            if travel is not backend:
+                operands = prepared_here(backend, operands, exchange.done, scale)
+            return backend.attend(operands, exchange.layout.tokens, scale)
+
+        return exchange.attend(run)
+
+    return replace(backend, stats=stats, prepare=prepare, attend=attend)
+
+
+def prepared_here(backend, operands, turn, scale):
+    """What arrived as q, k, v [B, S, h, D], normed and turned already, as the backend wants it."""
+    heads = operands[0].shape[2]
+    q, k, v = (x.flatten(2) for x in operands)
+    return backend.prepare(q, k, v, heads, turn, backend.stats(k, v, heads, turn), scale)
+
+
+class Exchange:
+    """One attention's operands on their way: the first head chunk is issued at once, each other one attention ahead.
+
+    done   a Turn that leaves queries and keys as they are: these have been normed and turned
     """
 
-    def __init__(self, attend: Callable, sequence, chunks: int = 1):
-        self.attend, self.sequence, self.chunks = attend, sequence, chunks
+    def __init__(self, wire, layout: Layout, operands: tuple, axes: list[Axes], chunks: int, done=None):
+        self.wire, self.layout, self.operands, self.axes, self.chunks = wire, layout, operands, axes, chunks
+        self.done = done
+        self.arriving = self.issue(0)
 
-    def __call__(self, q, k, v):
-        wire, layout, chunks = self.sequence.wire, self.sequence.layout, self.chunks
-        made, arriving = {}, {}
+    def issue(self, chunk: int) -> list[Callable]:
+        """Start the exchange of a head chunk of every operand."""
+        return [
+            to_heads(self.wire, self.layout, x, axes, chunk, self.chunks) for x, axes in zip(self.operands, self.axes)
+        ]
 
-        def issue(name: str, chunk: int):
-            return to_heads(wire, layout, made[name], QUERY if name == "q" else KEY, chunk, chunks)
-
-        for name, x in (("v", v), ("k", k), ("q", q)):
-            made[name] = x() if callable(x) else x
-            arriving[name, 0] = issue(name, 0)
-        leaving = []
-        for chunk in range(chunks):
-            if chunk + 1 < chunks:
-                for name in made:
-                    arriving[name, chunk + 1] = issue(name, chunk + 1)
-            V, K, Q = (arriving.pop((name, chunk))() for name in made)
-            o = self.attend(Q, K, V) if Q.shape[2] else Q  # a column with few heads has none in the last chunk
-            leaving.append(to_tokens(wire, layout, o, chunk, chunks))
-        o = torch.empty_like(made["q"])
+    def attend(self, run: Callable) -> torch.Tensor:
+        """run(operands) of every chunk: this rank's tokens of all heads, [B, s, H, D]."""
+        wire, layout, leaving, o = self.wire, self.layout, [], None
+        for chunk in range(self.chunks):
+            arriving, last = self.arriving, chunk + 1 == self.chunks
+            self.arriving = None if last else self.issue(chunk + 1)
+            operands = tuple(wait() for wait in arriving)
+            start, end = layout.head_chunk(wire.rank % layout.ulysses, chunk, self.chunks)
+            o = run(operands) if end > start else o[:, :, :0]  # a column with few heads has none in its last chunks
+            leaving.append(to_tokens(wire, layout, o, chunk, self.chunks))
+        whole = o.new_empty(o.shape[0], layout.token_sizes[wire.rank], layout.heads, o.shape[3])
         for arrive in leaving:
-            arrive(o)
-        return o
+            arrive(whole)
+        return whole

@@ -17,7 +17,7 @@ class Ranks:
     def __init__(self, count: int, timeout_s: float = 20):
         self.count, self.timeout_s = count, timeout_s
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "tests.parallel.tasks"])
+        context.set_forkserver_preload(["tests.parallel.preload"])
         self.folder = tempfile.TemporaryDirectory()
         self.pipes = []
         self.processes = []
