@@ -22,7 +22,11 @@ from dax.errors import DaxError
 
 SHARES = (0.5, 0.4, 0.33)
 EFFORT = Effort(budgets=SHARES, batch=16)
-FINALISTS = 3  # of a rival's settings, also tried in the residual form
+ENDS = (0, 1, 2, 3)  # steps TeaCache computes at the end
+HEADS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15)  # steps a rival computes at the start
+CAPS = (1, 2, 3, 4, 6, 8, 10)  # MagCache's K
+MOST_MASKS = 24  # of a rival, spread over all that its settings give
+FINALISTS = 3  # of them, also tried in the residual form
 COLUMNS = {
     "share": "share",
     "method": "method",
@@ -42,6 +46,7 @@ def bench(
     num_test: int = 16,
     steps: int | None = None,
     device: str | None = None,
+    dtype: str | None = None,
     log: Callable = print,
 ) -> dict:
     """Calibrate the embedded model and hold the contest on it; returns the record, with the artifact in it.
@@ -58,8 +63,8 @@ def bench(
     from dax.optimize import kernels_of, optimize
 
     here = machine(device)
-    dtype = torch.bfloat16 if here.device == "cuda" else torch.float32
-    pipe = load_tiny(here.device, dtype)
+    dtype = dtype or ("bfloat16" if here.device == "cuda" else "float32")
+    pipe = load_tiny(here.device, getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     defaults = FACTS["tiny"].defaults
     steps = steps or defaults.steps
@@ -88,7 +93,7 @@ def bench(
         "cache",
         here.device,
         model="tiny",
-        dtype=str(dtype),
+        dtype=dtype,
         setting=asdict(setting),
         calibration_prompts=half,
         held_out_prompts=len(clips) - half,
@@ -135,9 +140,10 @@ def contest(pipe, artifact: Artifact, test: Clips, effort: Effort, log: Callable
 
 def sweep(pipe, masks: dict[str, str], test: Clips, reference, batch: int) -> tuple[np.ndarray, str, str]:
     """(dB of each clip, setting, mask) of the best mask, reusing velocities or, for the finalists, residuals."""
-    found = {}
-    for mask in dict.fromkeys(masks.values()):
-        name = next(name for name, other in masks.items() if other == mask)
+    found, names = {}, {mask: name for name, mask in reversed(masks.items())}
+    spread = [list(names)[round(i)] for i in np.linspace(0, len(names) - 1, min(len(names), MOST_MASKS))]
+    for mask in spread:
+        name = names[mask]
         found[name] = fidelity(pipe, plan_of(mask, "velocity"), test, reference, batch), mask
     for name in sorted(found, key=lambda name: -found[name][0].mean())[:FINALISTS]:
         mask = found[name][1]
@@ -154,8 +160,10 @@ def plan_of(mask: str, reuse: str) -> StepPlan:
 def teacache_settings(artifact: Artifact, count: int) -> dict[str, str]:
     """{setting: mask} of `count` computed steps: every retention at both ends with the threshold that gives it."""
     steps, found = len(artifact.sigmas), {}
-    for first in range(1, count):
-        for last in range(min(4, count - first + 1)):
+    for first in HEADS:
+        for last in ENDS:
+            if first + last > count:
+                continue
             make = lambda t: teacache_mask(artifact.moved, artifact.teacache, t, first, last)  # noqa: B023
             threshold = threshold_for(make, count, 1e3)
             if threshold is not None:
@@ -166,8 +174,8 @@ def teacache_settings(artifact: Artifact, count: int) -> dict[str, str]:
 def magcache_settings(artifact: Artifact, count: int) -> dict[str, str]:
     """{setting: mask} of `count` computed steps: every retention and cap with the threshold that gives it."""
     steps, found = len(artifact.sigmas), {}
-    for head in range(1, count):
-        for cap in (1, 2, 3, 4, 5, 6, 8, 10):
+    for head in (head for head in HEADS if head <= count):
+        for cap in CAPS:
             make = lambda t: magcache_mask(artifact.magcache.cond, t, cap, head / steps)  # noqa: B023
             threshold = threshold_for(make, count, 10.0)
             if threshold is not None:
