@@ -31,7 +31,7 @@ def plan_file(tmp_path):
 
 def test_the_default_is_exact():
     assert Plan() == Plan.load(DEFAULT_PRESET) and DEFAULT_PRESET in presets()
-    assert Plan().leaves() == {"attention.kernel": "auto", "compile": "none"}
+    assert set(Plan().leaves().values()) == {"auto", "none"}
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -59,8 +59,9 @@ def test_later_layers_win_and_every_leaf_knows_its_source(plan_file):
     plan, sources = Plan.from_layers(
         [plan_layer("exact"), plan_layer(path), ("--set compile=none", parse_set("compile=none"))]
     )
-    assert plan.leaves() == {"attention.kernel": "sdpa", "compile": "none"}
-    assert sources == {"attention.kernel": f"file {path}", "compile": "--set compile=none"}
+    assert (plan.attention.kernel, plan.compile) == ("sdpa", "none")
+    assert sources["attention.kernel"] == f"file {path}" and sources["compile"] == "--set compile=none"
+    assert sources["parallel.cfg"] == "default"
 
 
 def test_dotted_and_nested_keys_are_equal():
@@ -194,3 +195,13 @@ def test_save_names_what_it_cannot_write(tmp_path):
     with pytest.raises(DaxError, match="No such file") as caught:
         Plan().save(tmp_path / "missing" / "plan.yaml")
     assert caught.value.exit_code == 6
+
+
+def test_the_parallel_part_takes_one_word_or_numbers():
+    layers = [("file a", {"parallel": {"cfg": 2, "ulysses": 4}}), ("--set", {"parallel": "auto"})]
+    plan, sources = Plan.from_layers(layers)
+    assert plan.parallel == Plan().parallel and sources["parallel.cfg"] == "--set"
+    wrong = {"cfg": 3, "ulysses": 0, "rows": 1.5, "overlap": "x", "wire": "9bit", "vae": True}
+    for key, value in wrong.items():
+        with pytest.raises(DaxError, match=f"--set: parallel.{key} = {value!r}"):
+            Plan.from_layers([("--set", {f"parallel.{key}": value})])
