@@ -10,10 +10,12 @@ The module itself can be called: `dax.optimize(pipe)` and `from dax.optimize imp
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from weakref import WeakSet
 
 from dax import attention
+from dax.cache.policy import maker, resolve_cache
 from dax.edits import Edits
 from dax.errors import DaxError
 from dax.facts import Facts
@@ -41,12 +43,14 @@ def resolve(
     machine: Machine,
     strict: bool = False,
     dtype: str = "bfloat16",
+    checkpoint: str | None = None,
     ranks: Ranks = ALONE,
 ) -> Resolved:
     """The plan with every `auto` decided for that model on that machine. Pure: no torch, no weights.
 
-    dtype is the transformer's. What does not run there falls back to something exact and is named; with `strict` it is
-    DaxError("unsupported") instead. ranks says how many share the work, and what is known of it.
+    dtype and checkpoint (its digest, see dax.cache.checkpoint) are the transformer's; ranks says how many share the
+    work, and what is known of it. What does not run there falls back to something exact and is named; with `strict` it
+    is DaxError("unsupported") instead.
     """
     notes, fallbacks, kernel, compiled = [], [], plan.attention.kernel, plan.compile
     best = attention.choose(machine, dtype, facts.head_dim)
@@ -59,8 +63,6 @@ def resolve(
     if compiled == "blocks" and machine.packages is not None and machine.compiler is None:
         fallbacks.append("compile = blocks: no C++ compiler found (install g++ or set CXX); none instead")
         compiled = "none"
-    if strict and fallbacks:
-        raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
     parallel, said = planner.resolve_parallel(plan.parallel, facts, machine, ranks, eight_bit=kernel in EIGHT_BIT)
     notes += said
     resolved = plan.model_copy(
@@ -70,7 +72,17 @@ def resolve(
             "compile": compiled,
         }
     )
-    return Resolved(resolved, tuple(notes), tuple(fallbacks))
+    cached, more, fell = resolve_cache(plan.cache, facts.name, checkpoint, kernels_of(resolved))
+    notes, fallbacks = notes + more, fallbacks + fell
+    if strict and fallbacks:
+        raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
+    return Resolved(resolved.model_copy(update={"cache": cached}), tuple(notes), tuple(fallbacks))
+
+
+def kernels_of(plan: Plan) -> str:
+    """The arithmetic of a resolved plan that is not exact, as a step plan is calibrated on it: "exact" for none."""
+    kernel = plan.attention.kernel
+    return "exact" if attention.KERNELS[kernel].exact else f"{kernel} attention"
 
 
 def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **overrides) -> "Engine":
@@ -93,16 +105,21 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     transformer = target.transformers[0]
     here = machine(device_of(transformer))
     dtype = str(transformer.dtype).removeprefix("torch.")
-    resolved = resolve(wanted, target.facts, here, strict, dtype, ranks_here(guided=target.pipe is not None))
+    checkpoint = None if wanted.cache.policy == "none" else checkpoint_of(transformer)
+    ranks = ranks_here(guided=target.pipe is not None)
+    resolved = resolve(wanted, target.facts, here, strict, dtype, checkpoint, ranks)
 
     edits = Edits()
     try:
         changes = apply(resolved.plan, target, here, dtype, edits)
+        gate = gate_of(resolved.plan, target, checkpoint, edits)
     except BaseException:
         edits.undo()
         raise
     OPTIMIZED.update(target.transformers)
-    return Engine(target, resolved, changes, edits)
+    if gate is not None:
+        changes.append(Change("cache.policy", resolved.plan.cache.policy, "transformers", 1, 1))
+    return Engine(target, resolved, changes, edits, gate)
 
 
 def apply(plan: Plan, target, machine: Machine, dtype: str, edits: Edits) -> "list[Change]":
@@ -130,6 +147,27 @@ def apply(plan: Plan, target, machine: Machine, dtype: str, edits: Edits) -> "li
     for change in changes:
         change.check()
     return changes
+
+
+def checkpoint_of(transformer) -> str:
+    from dax.models.wan_steps import checkpoint_digest
+
+    return checkpoint_digest(transformer)
+
+
+def gate_of(plan: Plan, target, checkpoint: str | None, edits: Edits):
+    """The step cache's gate before the transformer, outside everything else; None if the plan has no cache."""
+    if plan.cache.policy == "none":
+        return None
+    from dax.cache.gate import apply_cache
+    from dax.models.wan_steps import time_embeddings
+
+    (transformer,) = target.transformers
+    make = maker(plan.cache, target.facts.name, checkpoint, partial(time_embeddings, transformer))
+    residual = plan.cache.reuse == "residual"
+    return apply_cache(
+        transformer, target.pipe, make, edits, residual=residual, checkpoint=checkpoint, kernels=kernels_of(plan)
+    )
 
 
 def ranks_here(guided: bool) -> Ranks:
@@ -178,12 +216,13 @@ class Engine:
     A context manager: leaving the block undoes.
     """
 
-    def __init__(self, target, resolved: Resolved, changes: list[Change], edits: Edits):
+    def __init__(self, target, resolved: Resolved, changes: list[Change], edits: Edits, gate=None):
         self.plan = resolved.plan
         self.notes = resolved.notes
         self.fallbacks = resolved.fallbacks
         self.changes = tuple(changes)
         self.facts = target.facts
+        self.gate = gate  # of the step cache, or None; gate.last is the Report of the last run
         self._target = target
         self._edits = edits
 

@@ -10,15 +10,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dax.errors import DaxError, nearest
 from dax.plan_file import parse_scalar, read_yaml
 
 DEFAULT_PRESET = "exact"
 PLANS = Path(__file__).parent / "plans"
-NOT_YET_PRESETS = ("balanced", "fast", "original")
-NOT_YET_KEYS = ("linear", "blocks", "cache", "offload")  # the whole part; its sub-keys too
+NOT_YET_PRESETS = ("balanced", "original")
+NOT_YET_KEYS = ("linear", "blocks", "offload")  # the whole part; its sub-keys too
 NOT_YET_VALUES = (("attention.kernel", "int8"),)
 
 
@@ -36,6 +36,37 @@ class Part(BaseModel):
 
 class Attention(Part):
     kernel: Literal["auto", "sdpa", "cudnn", "flash", "sage"] = "auto"
+
+
+class Cache(Part):
+    """Which steps are predicted. `auto` is what the policy's authors publish, or what was calibrated for the model."""
+
+    policy: Literal["none", "teacache", "magcache", "calibrated", "mask"] = "none"
+    reuse: Literal["velocity", "residual"] = "velocity"  # what a skipped step reuses; residual: as first published
+    threshold: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"  # teacache, magcache
+    ret_steps: bool = True  # teacache: the form that retains the first steps
+    retention: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"  # magcache
+    max_skips: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # magcache's K
+    mask: str = ""  # mask: 1 computed, 0 predicted, one letter a step
+    file: str = "auto"  # of dax calibrate; auto: the one that ships for this checkpoint
+    budget: Annotated[float, Field(gt=0, le=1)] = 0.4  # calibrated: share of the forwards to compute at most
+    min_psnr: Annotated[float, Field(ge=0)] = 0.0  # calibrated: instead, the latent fidelity in dB to hold; 0: budget
+    uncond_every: Annotated[int, Field(ge=1)] = 1  # uncond is computed in every n-th computed step only
+    drop_uncond: Annotated[int, Field(ge=0)] = 0  # no guidance in the last n steps
+
+    @field_validator("mask", mode="before")
+    @classmethod
+    def digits(cls, value):
+        """--set cache.mask=1101 reads as a number; its digits are meant."""
+        return str(value) if type(value) is int else value
+
+    @model_validator(mode="after")
+    def consistent(self):
+        if (self.policy == "mask") != bool(self.mask):
+            raise ValueError("cache.policy = mask and cache.mask belong together")
+        if self.reuse == "residual" and self.policy == "calibrated":
+            raise ValueError("a calibrated plan predicts velocities: cache.reuse = residual is for the other policies")
+        return self
 
 
 Auto = Literal["auto"]
@@ -57,6 +88,7 @@ class Plan(Part):
     """How a model is to be run. Frozen and hashable; `Plan()` is the preset `exact`."""
 
     attention: Attention = Attention()
+    cache: Cache = Cache()
     parallel: Parallel = Parallel()
     compile: Literal["none", "blocks"] = "none"
 

@@ -303,13 +303,12 @@ def test_resolve_decides_every_auto_and_is_pure():
 def test_resolve_falls_back_by_name():
     plan = Plan.from_layers([("test", {"attention.kernel": "flash", "compile": "blocks"})])[0]
     resolved = resolve(plan, TINY, replace(H200, compiler=None))
-    assert (resolved.plan.attention.kernel, resolved.plan.compile) == ("cudnn", "none")
+    assert resolved.plan.leaves().items() >= {"attention.kernel": "cudnn", "compile": "none"}.items()
     assert [text.split(":")[0] for text in resolved.fallbacks] == ["attention.kernel = flash", "compile = blocks"]
     with pytest.raises(DaxError, match="attention.kernel = flash.*; compile = blocks"):
         resolve(plan, TINY, replace(H200, compiler=None), strict=True)
-    on_paper = resolve(plan, TINY, MACHINES["h200"], strict=True)
-    assert on_paper.plan.attention == plan.attention, "a data sheet is taken to have what it needs"
-    assert on_paper.plan.compile == "blocks" and not on_paper.fallbacks
+    on_paper = resolve(plan, TINY, MACHINES["h200"], strict=True).plan  # a data sheet is taken to have what it needs
+    assert on_paper.leaves().items() >= {"attention.kernel": "flash", "compile": "blocks"}.items()
 
 
 def test_an_engine_keeps_no_model_alive(random_pipe):

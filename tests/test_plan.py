@@ -31,7 +31,7 @@ def plan_file(tmp_path):
 
 def test_the_default_is_exact():
     assert Plan() == Plan.load(DEFAULT_PRESET) and DEFAULT_PRESET in presets()
-    assert set(Plan().leaves().values()) == {"auto", "none"}
+    assert Plan().leaves().items() >= {"attention.kernel": "auto", "compile": "none", "cache.policy": "none"}.items()
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -59,9 +59,8 @@ def test_later_layers_win_and_every_leaf_knows_its_source(plan_file):
     plan, sources = Plan.from_layers(
         [plan_layer("exact"), plan_layer(path), ("--set compile=none", parse_set("compile=none"))]
     )
-    assert (plan.attention.kernel, plan.compile) == ("sdpa", "none")
-    assert sources["attention.kernel"] == f"file {path}" and sources["compile"] == "--set compile=none"
-    assert sources["parallel.cfg"] == "default"
+    assert plan.leaves().items() >= {"attention.kernel": "sdpa", "compile": "none"}.items()
+    assert sources.items() >= {"attention.kernel": f"file {path}", "compile": "--set compile=none"}.items()
 
 
 def test_dotted_and_nested_keys_are_equal():

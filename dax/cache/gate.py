@@ -142,8 +142,6 @@ class Gate:
         plan = self.make_plan(setting, None if sigmas is None else sigmas.tolist()[: setting.steps], timesteps)
         plan.check(setting)
         self.check_sigma(plan, 0, announced)
-        for text in plan.warnings(setting):
-            warnings.warn(text, stacklevel=2)
         self.run = Run(plan)
         return self.run
 

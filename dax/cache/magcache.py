@@ -124,9 +124,3 @@ PUBLISHED = {  # model: its ratios
         5.0,
     ),
 }  # fmt: skip
-DEFAULTS = {  # model: threshold, max_skips; the authors' fast setting with retention .2
-    "wan2.1-t2v-14b": (0.24, 6),
-    "wan2.1-t2v-1.3b": (0.24, 6),
-    "wan2.1-i2v-14b-480p": (0.24, 6),
-    "wan2.1-i2v-14b-720p": (0.24, 6),
-}

@@ -138,18 +138,6 @@ class StepPlan:
                 "bad_request", f"the step plan ({self.made_by}) has {self.steps} steps, the run has {setting.steps}"
             )
 
-    def warnings(self, setting: Setting) -> list[str]:
-        """What to know before it is run there."""
-        found = []
-        if self.setting.kernels is not None and setting.kernels is not None and self.setting.kernels != setting.kernels:
-            found.append(
-                f"step cache: {self.made_by} was calibrated on other kernels ({self.setting.kernels}) than these "
-                f"({setting.kernels}); run `dax calibrate` with this plan"
-            )
-        if all(COMPUTE == action for action in self.cond + self.uncond):
-            found.append(f"step cache: {self.made_by} computes every step, so the cache saves nothing")
-        return found
-
     def to_json(self) -> dict:
         return {"format": FORMAT, **asdict(self)}
 
@@ -201,6 +189,13 @@ def actions_of(mask: str, predictor: str = "reuse", sigmas: Sequence[float] | No
         else:
             row.append(REUSE)
     return tuple(row)
+
+
+def flow_sigmas(steps: int, flow_shift: float, train_steps: int = 1000) -> list[float]:
+    """The noise level of each step as diffusers' flow schedulers set them: even steps, shifted towards noise."""
+    even = [1 + i * (1 / train_steps - 1) / steps for i in range(steps)]
+    shifted = [flow_shift * s / (1 + (flow_shift - 1) * s) for s in even]
+    return [min(shifted[0], 1 - 1e-6), *shifted[1:]]
 
 
 def linear(sigmas: Sequence[float], step: int, last: int, before: int) -> tuple[float, float]:

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from dax.cache.policy import maker
+from dax.cache.step_plan import Setting, flow_sigmas
+from dax.edits import Edits
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate import video
@@ -80,7 +83,9 @@ def generate(job: Job, log=lambda text: None) -> dict:
     here = machine(job.device)
     dtype = torch.bfloat16 if here.device == "cuda" else torch.float32
     check_memory(facts, request, checked.parameters * dtype.itemsize, dtype.itemsize, here.memory_gib)
-    resolved = resolve(asked, facts, here, job.strict, str(dtype).removeprefix("torch."))  # refuses before loading
+    checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked)
+    resolved = resolve(asked, facts, here, job.strict, str(dtype).removeprefix("torch."), checkpoint)  # before loading
+    check_steps(resolved.plan, facts, request, checkpoint)
     path = Path(job.output or video.default_name(request.prompt, request.seed, resolved.plan.hash()))
     video.check_target(path, job.overwrite)
     rescue = Path(job.keep_frames_on_error) if job.keep_frames_on_error else None
@@ -104,8 +109,10 @@ def generate(job: Job, log=lambda text: None) -> dict:
             log(engine.summary())
             with clock.stage("text"):
                 embeds = encode(pipe, request, remarks)
-            with clock.stage("denoise"):
+            with clock.stage("denoise"), warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
                 latents = denoise(pipe, request, *embeds)
+            remarks += dict.fromkeys(str(w.message) for w in found if str(w.message).startswith("step cache:"))
             with clock.stage("decode"):
                 frames = decode(pipe, latents)
     record = {
@@ -115,7 +122,7 @@ def generate(job: Job, log=lambda text: None) -> dict:
         **asdict(request),
         "plan": engine.plan.model_dump(),
         "plan_hash": engine.plan.hash(),
-        "computed": forwards.computed(guided=request.guidance_scale > 1),
+        "computed": forwards.computed,
         "peak_memory_gib": round(peak_memory_gib(here.device), 2),
         "device": here.name,
         "versions": {**here.packages, "dax-engine": version(), "python": sys.version.split()[0]},
@@ -289,31 +296,54 @@ def decode(pipe, latents):
 
 
 class Forwards:
-    """Counts the forwards of a transformer that really run its blocks."""
+    """Counts the forwards that really run the blocks, by the branch the pipeline announces; `computed` is the count."""
 
     def __init__(self, transformer):
-        self.block, self.count = transformer.blocks[0], 0
+        self.transformer, self.branch, self.edits = transformer, "cond", Edits()
+        self.computed = {"cond": 0, "uncond": 0}
 
     def __enter__(self):
-        self.handle = self.block.register_forward_pre_hook(self.add)
+        self.handle = self.transformer.blocks[0].register_forward_pre_hook(self.add)
+        self.vendor_context = self.edits.set_attribute(self.transformer, "cache_context", self.cache_context)
         return self
 
     def __exit__(self, *_):
         self.handle.remove()
+        self.edits.undo()
+
+    @contextmanager
+    def cache_context(self, name: str, **announced):
+        self.branch = name
+        with self.vendor_context(name, **announced):
+            yield
 
     def add(self, *_) -> None:
-        self.count += 1
+        self.computed[self.branch] += 1
 
-    def computed(self, guided: bool) -> dict[str, int]:
-        """{"cond": n, "uncond": n}: with guidance the pipeline runs both in every step."""
-        return (
-            {"cond": self.count - self.count // 2, "uncond": self.count // 2}
-            if guided
-            else {
-                "cond": self.count,
-                "uncond": 0,
-            }
-        )
+
+def checkpoint_of(checked) -> str:
+    """The digest a calibration of this checkpoint carries, from its folder."""
+    from dax.cache.checkpoint import folder_digest
+    from dax.generate.checkpoint import read_weights
+
+    tensors, _, _ = read_weights(checked.folder / "transformer", "diffusion_pytorch_model")
+    return folder_digest(tensors, checked.facts.num_layers)
+
+
+def check_steps(plan: Plan, facts, request, checkpoint: str | None):
+    """The step plan of a resolved plan as far as it is known without weights, else None.
+
+    DaxError("bad_request") if it cannot serve the request.
+    """
+    if plan.cache.policy == "none":
+        return None
+    setting = Setting(
+        steps=request.steps,
+        flow_shift=request.flow_shift,
+        guidance_scale=request.guidance_scale,
+        checkpoint=checkpoint,
+    )
+    return maker(plan.cache, facts.name, checkpoint)(setting, flow_sigmas(request.steps, request.flow_shift))
 
 
 @contextmanager
