@@ -9,8 +9,10 @@ import os
 import struct
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+PATH, COUNT = "DAX_BOARD", "DAX_RANKS"  # of the environment, where somebody looks at a board
 SLOT = 1024
 HEAD = struct.Struct("<ddqqi")  # time of the last progress, patience, exchanges started, pid, bytes of text
 LOADING_S = 1800.0  # patience with what happens once: loading, compiling, the first step
@@ -74,3 +76,11 @@ class Board:
         if any(now - entry.at <= entry.patience_s for entry in entries.values()):
             return None
         return min(entries, key=lambda rank: (entries[rank].exchanges, entries[rank].at))
+
+
+@cache
+def mine() -> Board | None:
+    """This rank's board; None where nobody looks at one."""
+    if PATH not in os.environ:
+        return None
+    return Board(Path(os.environ[PATH]), int(os.environ[COUNT]), int(os.environ["RANK"]))

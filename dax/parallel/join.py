@@ -1,14 +1,16 @@
 """A process becomes a rank: its place read from the environment, the same run agreed on, the process group made."""
 
+import hashlib
 import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from dax.errors import DaxError
-from dax.parallel.board import LOADING_S, Board
-from dax.parallel.launch import BOARD, COUNT
+from dax.parallel import board
+from dax.parallel.board import LOADING_S
 
 NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -36,13 +38,22 @@ def place() -> Place:
     for name in NEEDED:
         value = os.environ.get(name)
         if value is None:
-            raise DaxError("unsupported", f"{name} is not set, but other variables of torchrun are: start with torchrun")
+            raise DaxError("unsupported", f"{name} is not set, though others of torchrun's are: start with torchrun")
         if name != "MASTER_ADDR" and not (value.isascii() and value.isdigit()):
             raise DaxError("unsupported", f"{name} = {value!r} is no number: start with torchrun or --gpus N")
     rank, local_rank, count = (int(os.environ[name]) for name in NEEDED[:3])
     if not rank < count or local_rank > rank:
-        raise DaxError("unsupported", f"RANK = {rank}, LOCAL_RANK = {local_rank}, WORLD_SIZE = {count} do not fit together")
+        raise DaxError("unsupported", f"RANK {rank}, LOCAL_RANK {local_rank}, WORLD_SIZE {count} do not fit together")
     return Place(rank, local_rank, count)
+
+
+def code_digest() -> str:
+    """sha256 (hex) of DAX's own source: ranks with different code would wait for each other forever."""
+    total = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        total.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return total.hexdigest()
 
 
 def check_gpus(count: int, device: str | None, found: int) -> None:
@@ -54,7 +65,7 @@ def check_gpus(count: int, device: str | None, found: int) -> None:
 
 @contextmanager
 def joined(here: Place, device: str, agreed: dict[str, str]):
-    """A process group of all ranks, NCCL on GPUs and gloo on CPUs, and this rank's board (None where nobody looks).
+    """Inside, there is a process group of all ranks: NCCL on GPUs, gloo on CPUs.
 
     agreed   what must be the same on every rank, by name: compared before the first collective
     DaxError("rank_failed") names the first difference.
@@ -62,7 +73,6 @@ def joined(here: Place, device: str, agreed: dict[str, str]):
     import torch
     import torch.distributed as dist
 
-    board = Board(os.environ[BOARD], int(os.environ[COUNT]), here.rank) if BOARD in os.environ else None
     timeout = timedelta(seconds=LOADING_S)
     store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
     agree(dist.PrefixStore("dax", store), rank, agreed)
@@ -71,10 +81,10 @@ def joined(here: Place, device: str, agreed: dict[str, str]):
     gpu = torch.device("cuda", here.local_rank) if device == "cuda" else None
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout, device_id=gpu)
-    yield board
+    yield
+    if mine := board.mine():
+        mine.enter("done")
     dist.destroy_process_group()  # not after a failure: the others may never answer
-    if board is not None:
-        board.enter("done")
 
 
 def agree(store, rank: int, mine: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """Ranks of one machine started and watched: torch's elastic agent spawns them, one line says who failed and where.
 
-`run_ranks` is what `--gpus N` calls; under torchrun the ranks exist already and only `joined` is needed. No rank survives
-its parent, and the first failure ends them all.
+`run_ranks` is what `--gpus N` calls; under torchrun the ranks exist already and only `joined` is needed. No rank
+survives its parent, and the first failure ends them all.
 """
 
 import ctypes
@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dax.errors import EXIT_CODES, DaxError
-from dax.parallel.board import LOADING_S, Board
+from dax.parallel.board import COUNT, PATH, Board
 
-BOARD, COUNT = "DAX_BOARD", "DAX_RANKS"  # set for spawned ranks only
 PR_SET_PDEATHSIG = 1
+ECHO_S = 0.5
 
 
 def run_ranks(task: Callable, args: tuple, count: int):
@@ -66,10 +66,10 @@ def run_ranks(task: Callable, args: tuple, count: int):
 
 @contextmanager
 def quiet_agent():
-    """The agent's own log says what our one line says better."""
+    """What the agent logs of a failure, our one line says better."""
     import logging
 
-    logger = logging.getLogger("torch.distributed.elastic")
+    logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
@@ -84,12 +84,14 @@ def worker(task: Callable, args: tuple, folder: str, count: int):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # end at once, even inside a collective
     rank = int(os.environ["RANK"])
-    os.environ[BOARD], os.environ[COUNT] = str(Path(folder) / "board"), str(count)
+    os.environ[PATH], os.environ[COUNT] = str(Path(folder) / "board"), str(count)
     try:
         result = task(*args)
     except BaseException as error:
         write_cause(Path(folder), rank, error)
-        os._exit(getattr(error, "exit_code", EXIT_CODES["rank_failed"]))  # peers may never answer: nothing is torn down
+        if not isinstance(error, DaxError):
+            time.sleep(ECHO_S)  # this may only echo the death of another rank, which the agent shall notice first
+        os._exit(EXIT_CODES["rank_failed"])  # peers may never answer: nothing is torn down
     return result if rank == 0 else None
 
 
@@ -103,24 +105,22 @@ def die_with_parent() -> None:
 
 
 def write_cause(folder: Path, rank: int, error: BaseException) -> None:
+    """Why a rank fails, as a file that is there whole or not at all."""
     told = isinstance(error, DaxError)
-    first = next(iter(str(error).splitlines()), "")
-    left = isinstance(error, SystemExit)
-    cause = {
-        "at": time.monotonic(),
-        "code": error.code if told else "rank_failed",
-        "said": first if told else f"left early with exit code {error.code or 0}" if left else f"{type(error).__name__}: {first}",
-        "told": told,
-        "traceback": traceback.format_exc(),
-    }
-    part = folder / f"cause-{rank}.part"
-    part.write_text(json.dumps(cause))
+    said = next(iter(str(error).splitlines()), "")
+    if isinstance(error, SystemExit):
+        said = f"left early with exit code {error.code or 0}"
+    elif not told:
+        said = f"{type(error).__name__}: {said}"
+    cause = {"at": time.monotonic(), "code": error.code if told else "rank_failed", "said": said, "told": told}
+    part = folder / f"part-{rank}"
+    part.write_text(json.dumps(cause | {"traceback": traceback.format_exc()}))
     part.rename(folder / f"cause-{rank}")
 
 
 def failure(failures: dict, board: Board, verdict: tuple[int, str] | None, folder: Path) -> DaxError:
     """The first cause: a rank found hung; a rank that a signal killed; else the rank that raised first."""
-    causes = {int(path.name.removeprefix("cause-")): json.loads(path.read_text()) for path in folder.glob("cause-?*") if path.suffix == ""}
+    causes = {int(path.name.removeprefix("cause-")): json.loads(path.read_text()) for path in folder.glob("cause-*")}
     killed = {
         rank: signal.Signals(-found.exitcode).name
         for rank, found in failures.items()
@@ -136,7 +136,9 @@ def failure(failures: dict, board: Board, verdict: tuple[int, str] | None, folde
         return DaxError("rank_failed", f"rank {rank} {said}: all {board.count} ranks ended")
     if killed:
         rank = min(killed)
-        return DaxError("rank_failed", f"rank {rank} killed by {killed[rank]} {stage(rank)}: all {board.count} ranks ended")
+        return DaxError(
+            "rank_failed", f"rank {rank} killed by {killed[rank]} {stage(rank)}: all {board.count} ranks ended"
+        )
     gone = [rank for rank in range(board.count) if rank not in causes and not alive(board.read(rank))]
     if causes:
         rank = min(causes, key=lambda rank: causes[rank]["at"])
