@@ -4,10 +4,11 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 
-def meet(fault, agreed=None):
-    """Rank 1 meets the fault in the second of three rounds of a collective; all others wait for it."""
+def meet(fault, note, agreed=None):
+    """Rank 1 meets the fault in the second of three rounds of a collective, and notes when; the other waits for it."""
     from dax.parallel import board
     from dax.parallel.join import joined, place
 
@@ -20,6 +21,7 @@ def meet(fault, agreed=None):
         for turn in range(3):
             mine.enter(f"round {turn + 1}", patience_s=2.0)
             if turn == 1 and here.rank == 1:
+                Path(note).write_text(str(time.monotonic()))
                 strike(fault)
             mine.tick()
             dist.all_reduce(total)
@@ -43,9 +45,9 @@ def strike(fault):
 
 def wait_forever(path):
     """Every rank writes its process id and waits."""
-    with open(f"{path}/{os.environ['RANK']}.part", "w") as file:
-        file.write(str(os.getpid()))
-    os.rename(file.name, f"{path}/{os.environ['RANK']}")
+    part = Path(path) / f"{os.environ['RANK']}.part"
+    part.write_text(str(os.getpid()))
+    part.rename(part.with_suffix(""))
     time.sleep(300)
 
 
