@@ -98,7 +98,7 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
     # before loading
     resolved = resolve(asked, facts, here, job.strict, str(dtype).removeprefix("torch."), checkpoint, shares)
     asked = asked.model_copy(update={"parallel": resolved.plan.parallel})
-    check_steps(resolved.plan, facts, request, checkpoint)
+    check_steps(resolved, facts, request, checkpoint)
     path = Path(job.output or video.default_name(request.prompt, request.seed, resolved.plan.hash()))
     if at.first:
         check_outputs(job, path)
@@ -111,7 +111,7 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
     with team(at, here.device, agreed) as ranks, out_of_memory(request):
         clock = Clock(ranks.enter)
         with clock.stage("load"):
-            pipe = load(checked, here.device, dtype, text=ranks.first)
+            pipe = load(checked, here.device, dtype, ranks.first)
             checked.unchanged()
             set_flow_shift(pipe, request.flow_shift)
         from dax.optimize import optimize
@@ -126,7 +126,10 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
                 )
             with clock.stage("denoise"), warnings.catch_warnings(record=True) as found:
                 warnings.simplefilter("always")
-                latents = denoise(pipe, request, *embeds, ranks)
+                ranks.step(0, request.steps)
+                latents = denoise(
+                    pipe, request, *embeds, lambda step, _: ranks.step(step + 1, request.steps), not ranks.first
+                )
             remarks += dict.fromkeys(str(w.message) for w in found if str(w.message).startswith("step cache:"))
             computed = ranks.most(forwards.computed)
             with clock.stage("decode"):
@@ -293,22 +296,24 @@ def pipe_clean(text: str) -> str:
     return prompt_clean(text)
 
 
-def denoise(pipe, request, prompt_embeds, negative_embeds, ranks):
+def denoise(
+    pipe, request, prompt_embeds, negative_embeds, on_step=lambda step, latents: None, quietly: bool = False
+):
     """The pipeline's own loop, noise from a CPU generator so that a seed means the same everywhere.
 
+    on_step   called after every step with its number from 0 and the latents, which it must not change
     Returns latents [1, 16, F, H / 8, W / 8] fp32. DaxError("check_failed") if one is not finite.
     """
     import torch
     from tqdm import tqdm
 
-    quietly = None if ranks.first else True  # None: quiet unless there is a terminal
-    with tqdm(total=request.steps, desc="denoise", unit="step", disable=quietly, file=sys.stderr) as bar:
-        ranks.step(0, request.steps)
+    disable = quietly or None  # None: where there is no terminal
+    with tqdm(total=request.steps, desc="denoise", unit="step", disable=disable, file=sys.stderr) as bar:
 
         def step_done(pipe, step, timestep, tensors):
             bar.update()
-            ranks.step(step + 1, request.steps)
-            return tensors
+            on_step(step, tensors["latents"])
+            return {}
 
         latents = pipe(
             prompt_embeds=prompt_embeds,
@@ -321,7 +326,7 @@ def denoise(pipe, request, prompt_embeds, negative_embeds, ranks):
             generator=torch.Generator("cpu").manual_seed(request.seed),
             output_type="latent",
             callback_on_step_end=step_done,
-            callback_on_step_end_tensor_inputs=[],
+            callback_on_step_end_tensor_inputs=["latents"],
         ).frames
     if not torch.isfinite(latents).all():
         raise DaxError("check_failed", f"the latents are not finite after {request.steps} steps: no clip was written")
@@ -373,19 +378,19 @@ class Forwards:
 
 def checkpoint_of(checked) -> str:
     """The digest a calibration of this checkpoint carries, from its folder."""
-    from dax.cache.checkpoint import folder_digest
+    from dax.cache.checkpoint import TENSOR, folder_digest
     from dax.generate.checkpoint import read_weights
 
-    tensors, _, _ = read_weights(checked.folder / "transformer", "diffusion_pytorch_model")
-    return folder_digest(tensors, checked.facts.num_layers)
+    tensors = read_weights(checked.folder / "transformer", "diffusion_pytorch_model")[0]
+    return folder_digest(tensors[TENSOR].file, checked.facts.num_layers)
 
 
-def check_steps(plan: Plan, facts, request, checkpoint: str | None):
+def check_steps(resolved, facts, request, checkpoint: str | None):
     """The step plan of a resolved plan as far as it is known without weights, else None.
 
     DaxError("bad_request") if it cannot serve the request.
     """
-    if plan.cache.policy == "none":
+    if resolved.plan.cache.policy == "none":
         return None
     setting = Setting(
         steps=request.steps,
@@ -393,7 +398,8 @@ def check_steps(plan: Plan, facts, request, checkpoint: str | None):
         guidance_scale=request.guidance_scale,
         checkpoint=checkpoint,
     )
-    return maker(plan.cache, facts.name, checkpoint)(setting, flow_sigmas(request.steps, request.flow_shift))
+    make = maker(resolved.plan.cache, resolved.calibration, facts.name)
+    return make(setting, flow_sigmas(request.steps, request.flow_shift))
 
 
 @contextmanager
