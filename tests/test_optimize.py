@@ -300,6 +300,7 @@ def test_resolve_decides_every_auto_and_is_pure():
     assert resolve(Plan(), TINY, H200, dtype="float32").plan.attention.kernel == "sdpa"
 
 
+@pytest.mark.fault(54)
 def test_resolve_falls_back_by_name():
     plan = Plan.from_layers([("test", {"attention.kernel": "flash", "compile": "blocks"})])[0]
     resolved = resolve(plan, TINY, replace(H200, compiler=None))
