@@ -1,0 +1,39 @@
+"""Triton and Gluon under the names the kernel files use, or stand-ins where Triton is not installed.
+
+A stand-in lets a kernel file be imported on a machine without a GPU, where only its reference runs.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_init,
+        warpgroup_mma_wait,
+    )
+except ImportError:
+
+    class Absent:
+        jit = staticmethod(lambda function: function)
+        constexpr = staticmethod(lambda value: value)
+
+    triton = tl = gluon = gl = Absent
+    fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_init = warpgroup_mma_wait = None
+
+__all__ = [
+    "fence_async_shared",
+    "gl",
+    "gluon",
+    "mbarrier",
+    "tl",
+    "tma",
+    "triton",
+    "warpgroup_mma",
+    "warpgroup_mma_init",
+    "warpgroup_mma_wait",
+]
