@@ -58,6 +58,7 @@ class Facts:
     vae_temporal: int = 4
     vae_spatial: int = 8
     text_tokens: int = 512
+    full_precision: tuple[str, ...] = ("condition_embedder", "proj_out")  # linear layers that 8 bits leave alone
     family: str = "wan-t2v"
     pipeline_class: str = "WanPipeline"
     transformer_class: str = "WanTransformer3DModel"

@@ -4,7 +4,7 @@ import torch
 
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
-from dax.kernels.quantize import row_grid
+from dax.kernels.quantize import load_row, row_meta, store_row
 
 
 def gated_residual_reference(y: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -19,23 +19,23 @@ def gated_residual_reference(y: torch.Tensor, gate: torch.Tensor, residual: torc
 
 
 @triton.jit
-def gate_kernel(Y, Gate, Residual, Out, C, tokens, gate_stride, BLOCK: tl.constexpr):
+def gate_kernel(Y, Gate, Residual, Out, tokens, gate_stride, C: tl.constexpr, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < C
-    y = tl.load(Y + row * C + columns, mask, 0.0).to(tl.float32)
-    residual = tl.load(Residual + row * C + columns, mask, 0.0).to(tl.float32)
-    gate = tl.load(Gate + row // tokens * gate_stride + columns, mask, 0.0)
-    tl.store(Out + row * C + columns, (residual + y * gate).to(Out.dtype.element_ty), mask)
+    ys = load_row(Y + row * C, C, CHUNK)
+    residuals = load_row(Residual + row * C, C, CHUNK)
+    gates = load_row(Gate + row // tokens * gate_stride, C, CHUNK)
+    out = ()
+    for j in tl.static_range(len(ys)):
+        out += (residuals[j] + ys[j] * gates[j],)
+    store_row(Out + row * C, out, C, CHUNK)
 
 
 def launch(y: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     B, S, C = residual.shape
     out = torch.empty(residual.shape, device=residual.device, dtype=residual.dtype)
     gate = gate.float().contiguous()
-    grid, meta = row_grid(B * S, C)
     stride = C if len(gate) > 1 else 0
-    gate_kernel[grid](y.contiguous(), gate, residual.contiguous(), out, C, S, stride, **meta)
+    gate_kernel[(B * S,)](y.contiguous(), gate, residual.contiguous(), out, S, stride, **row_meta(C))
     return out
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
-from dax.kernels.quantize import LARGEST, quantize_rows_reference, row_grid, store_codes
+from dax.kernels.quantize import LARGEST, load_row, quantize_rows_reference, row_meta, store_codes, store_row
 
 
 def norm_modulate_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
@@ -48,50 +48,56 @@ def norm_kernel(
     Out,
     Scale,
     StaticScale,
-    C,
     tokens,
     weight_stride,
     eps,
-    BLOCK: tl.constexpr,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
     LARGEST: tl.constexpr,
-    INTEGER: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < C
-    x = tl.load(X + row * C + columns, mask, 0.0).to(tl.float32)
-    mean = tl.sum(x, 0) / C
-    centred = tl.where(mask, x - mean, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / C + eps)
-    sample = row // tokens * weight_stride
-    weight = tl.load(Weight + sample + columns, mask, 0.0)
-    bias = tl.load(Bias + sample + columns, mask, 0.0)
-    y = centred * inverse * weight + bias
+    chunks = load_row(X + row * C, C, CHUNK)
+    total = chunks[0]
+    for j in tl.static_range(1, len(chunks)):
+        total += chunks[j]
+    mean = tl.sum(total, 0) / C
+    columns = tl.arange(0, CHUNK)
+    centred = ()
+    squares = tl.zeros([CHUNK], tl.float32)
+    for j in tl.static_range(len(chunks)):
+        x = chunks[j] - mean
+        if (j + 1) * CHUNK > C:
+            x = tl.where(j * CHUNK + columns < C, x, 0.0)
+        squares += x * x
+        centred += (x,)
+    inverse = 1.0 / tl.sqrt(tl.sum(squares, 0) / C + eps)
+    weights = load_row(Weight + row // tokens * weight_stride, C, CHUNK)
+    biases = load_row(Bias + row // tokens * weight_stride, C, CHUNK)
+    out = ()
+    for j in tl.static_range(len(chunks)):
+        out += (centred[j] * inverse * weights[j] + biases[j],)
     if Scale is None:
-        tl.store(Out + row * C + columns, y.to(Out.dtype.element_ty), mask)
+        store_row(Out + row * C, out, C, CHUNK)
     else:
-        finite = (mean + inverse) * 0.0
-        store_codes(y, mask, row * C + columns, Out, Scale, row, StaticScale, finite, LARGEST, INTEGER)
+        store_codes(Out + row * C, out, Scale + row, StaticScale, inverse * 0.0, C, CHUNK, LARGEST)
 
 
 def start(x, weight, bias, eps, out, scale, static_scale) -> None:
     B, S, C = x.shape
-    grid, meta = row_grid(B * S, C)
     weight, bias = (v.float().contiguous() for v in (weight, bias))
-    norm_kernel[grid](
+    stride = C if len(weight) > 1 else 0
+    norm_kernel[(B * S,)](
         x.contiguous(),
         weight,
         bias,
         out,
         scale,
         static_scale,
-        C,
         S,
-        C if len(weight) > 1 else 0,
+        stride,
         eps,
         LARGEST=LARGEST.get(out.dtype, 0.0),
-        INTEGER=out.dtype == torch.int8,
-        **meta,
+        **row_meta(C),
     )
 
 

@@ -25,7 +25,7 @@ def quantize_rows_reference(
     Values beyond a static scale saturate. Reads x once and writes half of it: 3 bytes per bf16 element.
     """
     x = x.float()
-    finite = (x * 0).sum(-1)  # 0, or NaN where the row has a NaN or an infinity
+    finite = x.sum(-1) * 0  # 0, or NaN where the row has a NaN or an infinity
     row_scale = row_scales(x, dtype) if scale is None else scale.expand(x.shape[:-1])
     return to_codes(x / row_scale[..., None], dtype), row_scale + finite
 
@@ -42,44 +42,80 @@ def to_codes(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @triton.jit
-def store_codes(y, mask, offsets, Codes, Scale, row, StaticScale, finite, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
-    """Quantise the row y (fp32, zero outside mask) and store its codes and its scale."""
-    if StaticScale is None:
-        scale = tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / LARGEST
-    else:
-        scale = tl.load(StaticScale)
-    y = tl.minimum(tl.maximum(y * (1.0 / scale), -LARGEST), LARGEST)
-    if INTEGER:
-        y = (y + 12582912.0) - 12582912.0  # 1.5 x 2^23: rounds to the nearest integer, ties to even
-    tl.store(Codes + offsets, y.to(Codes.dtype.element_ty), mask)
-    tl.store(Scale + row, scale + finite)
+def load_row(X, C: tl.constexpr, CHUNK: tl.constexpr):
+    """The row at X in fp32, as chunks that stay in registers; zero beyond C."""
+    columns = tl.arange(0, CHUNK)
+    chunks = ()
+    for j in tl.static_range(0, C, CHUNK):
+        if j + CHUNK <= C:
+            x = tl.load(X + j + columns)
+        else:
+            x = tl.load(X + j + columns, j + columns < C, 0.0)
+        chunks += (x.to(tl.float32),)
+    return chunks
 
 
 @triton.jit
-def quantize_kernel(X, Codes, Scale, StaticScale, K, BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
+def store_row(Out, chunks, C: tl.constexpr, CHUNK: tl.constexpr):
+    """Chunks in Out's dtype, to the row at Out."""
+    columns = tl.arange(0, CHUNK)
+    for j in tl.static_range(len(chunks)):
+        y = chunks[j].to(Out.dtype.element_ty)
+        if (j + 1) * CHUNK <= C:
+            tl.store(Out + j * CHUNK + columns, y)
+        else:
+            tl.store(Out + j * CHUNK + columns, y, j * CHUNK + columns < C)
+
+
+@triton.jit
+def store_codes(Codes, chunks, Scale, StaticScale, finite, C: tl.constexpr, CHUNK: tl.constexpr, LARGEST: tl.constexpr):
+    """Quantise a row of chunks (zero beyond C), to the row at Codes, and store its scale at Scale."""
+    if StaticScale is None:
+        amax = tl.abs(chunks[0])
+        for j in tl.static_range(1, len(chunks)):
+            amax = tl.maximum(amax, tl.abs(chunks[j]))
+        scale = tl.maximum(tl.max(amax, 0), 1e-12) / LARGEST
+    else:
+        scale = tl.load(StaticScale)
+    inverse = 1.0 / scale
+    codes = ()
+    for j in tl.static_range(len(chunks)):
+        y = chunks[j] * inverse
+        if StaticScale is not None:
+            y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
+        if LARGEST == 127:  # 1.5 x 2^23 added leaves the nearest integer, ties to even, in the low bits
+            y = (y + 12582912.0).to(tl.int32, bitcast=True)
+        codes += (y,)
+    store_row(Codes, codes, C, CHUNK)
+    tl.store(Scale, scale + finite)
+
+
+@triton.jit
+def quantize_kernel(X, Codes, Scale, StaticScale, C: tl.constexpr, CHUNK: tl.constexpr, LARGEST: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < K
-    x = tl.load(X + row * K + columns, mask, 0.0).to(tl.float32)
-    store_codes(x, mask, row * K + columns, Codes, Scale, row, StaticScale, tl.sum(x * 0.0, 0), LARGEST, INTEGER)
+    chunks = load_row(X + row * C, C, CHUNK)
+    total = chunks[0]
+    for j in tl.static_range(1, len(chunks)):
+        total += chunks[j]
+    finite = tl.sum(total, 0) * 0.0
+    store_codes(Codes + row * C, chunks, Scale + row, StaticScale, finite, C, CHUNK, LARGEST)
 
 
-def launch(
-    x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def launch(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.contiguous()
     codes = torch.empty(x.shape, device=x.device, dtype=dtype)
     row_scale = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
-    K = x.shape[-1]
-    grid, meta = row_grid(row_scale.numel(), K)
-    quantize_kernel[grid](x, codes, row_scale, scale, K, LARGEST=LARGEST[dtype], INTEGER=dtype == torch.int8, **meta)
+    rows = (row_scale.numel(),)
+    quantize_kernel[rows](x, codes, row_scale, scale, LARGEST=LARGEST[dtype], **row_meta(x.shape[-1]))
     return codes, row_scale
 
 
-def row_grid(rows: int, columns: int) -> tuple[tuple[int], dict]:
-    """(grid, constants) of a kernel with one program per row that holds the row in registers."""
-    block = triton.next_power_of_2(columns)
-    return (rows,), {"BLOCK": block, "num_warps": min(16, max(1, block // 1024))}
+def row_meta(columns: int) -> dict:
+    """The constants of a kernel with one program per row, which it holds in registers, 8 neighbours to a thread."""
+    num_warps = 1
+    while num_warps < 8 and 8 * 32 * num_warps * 6 < columns:
+        num_warps *= 2
+    return {"C": columns, "CHUNK": 8 * 32 * num_warps, "num_warps": num_warps}
 
 
 def case(rows: int, columns: int, dtype: torch.dtype, static: bool = False, outlier: float = 1.0):

@@ -190,9 +190,7 @@ def launch_quantize(
     out = torch.empty(*x.shape[:-1], N, device=x.device, dtype=x.dtype)
     bias = torch.zeros_like(weight_scale) if bias is None else bias.float()
     x, x_scale = x.contiguous(), x_scale.contiguous()
-    start(
-        x.view(-1, x.shape[-1]), x_scale.view(-1), weight, weight_scale, bias, None, out_scale, out.view(-1, N), gelu
-    )
+    start(x.view(-1, x.shape[-1]), x_scale.view(-1), weight, weight_scale, bias, None, out_scale, out.view(-1, N), gelu)
     return out, out_scale + x_scale * 0
 
 

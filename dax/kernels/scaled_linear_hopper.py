@@ -50,9 +50,7 @@ def gelu_tanh(y):
 
 
 @gluon.jit
-def consumer(
-    buffers, operands, WG: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr, LARGEST: gl.constexpr
-):
+def consumer(buffers, operands, WG: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr, LARGEST: gl.constexpr):
     """One warpgroup: its 64 rows of every tile of this block."""
     xs, ws, outs, full, empty, ready = buffers
     OutTiles, ResidualTiles, XScale, WScale, Bias, OutScale, M, N, K, blocks = operands

@@ -50,9 +50,7 @@ class QuantLinear(nn.Linear):
         if rule.static != (input_scale is not None):
             raise DaxError("bad_request", f"linear: static = {rule.static} and input_scale = {input_scale} disagree")
         weight = linear.weight.detach()
-        new = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, rule, weight.device, weight.dtype
-        )
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, rule, weight.device, weight.dtype)
         new.weight.data, new.weight_scale.data = quantized(weight, new.weight.dtype, rule.per_channel)
         if linear.bias is not None:
             new.bias.data = linear.bias.detach().clone()
