@@ -11,8 +11,11 @@ from torch import nn
 
 from dax.edits import Edits
 from dax.errors import DaxError
+from dax.kernels.quantize import LARGEST
+from dax.quant.layers import check_scales, linears
 from dax.quant.linear import QuantLinear, check
-from dax.quant.scheme import NONE, Rule, match
+from dax.quant.scales import Scales
+from dax.quant.scheme import NONE, SCHEMES, Rule, match
 
 GONE = "linear.keep_original = none: the original weights were not kept; load the model again"
 PREQUANTIZED = "the checkpoint was quantised before it was loaded: its original weights were never here"
@@ -46,18 +49,6 @@ def planned(
         elif layer.rule != rule:
             raise DaxError("bad_request", f"{name} is quantised already: {layer.rule}, asked: {rule}")
     return plan
-
-
-def linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """{name: linear layer}. DaxError("bad_request") where an adapter sits on one: its weights would be cut down too."""
-    for name, child in module.named_modules():
-        if hasattr(child, "base_layer"):
-            raise DaxError(
-                "bad_request",
-                f"{name} carries an adapter: call fuse_lora() and unload_lora_weights() before quantising, or load the "
-                "adapter afterwards",
-            )
-    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
 
 
 def replace(
@@ -94,9 +85,6 @@ def input_scale(rule: Rule, name: str, scales: "Mapping[str, float] | None") -> 
         return None
     if scales is None or name not in scales:
         raise DaxError("bad_request", f"{name}: static activations need its scale: run dax.quant.calibrate on it")
-    from dax.kernels.quantize import LARGEST
-    from dax.quant.scheme import SCHEMES
-
     return scales[name] / LARGEST[getattr(torch, SCHEMES[rule.scheme].activation)]
 
 
@@ -113,7 +101,7 @@ def refuse_fusing(name: str):
     return fuse_projections
 
 
-def apply_linear(target, facts, part, edits: Edits, scales: "Mapping[str, float] | None" = None) -> Counter:
+def apply_linear(target, facts, part, edits: Edits, scales: Scales | None = None) -> Counter:
     """Quantise the linear layers of a model's transformers as the plan's part `linear` says: {scheme: layers}.
 
     Embedders and output projection stay as they are (facts.full_precision) unless a rule says otherwise.
@@ -126,6 +114,9 @@ def apply_linear(target, facts, part, edits: Edits, scales: "Mapping[str, float]
         planned(transformer, rules, part.granularity, part.activation == "static", optional)
         for transformer in target.transformers
     ]
+    if scales is not None:
+        for transformer in target.transformers:
+            check_scales(scales, transformer)
     for transformer, plan in zip(target.transformers, plans):
-        counts += replace(transformer, plan, edits, part.keep_original == "cpu", scales)
+        counts += replace(transformer, plan, edits, part.keep_original == "cpu", scales and scales.amax)
     return counts

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from dax.errors import DaxError, nearest
-from dax.hardware import Machine
+from dax.hardware import Machine, no_kernels
 
 NONE = "none"
 
@@ -49,7 +49,9 @@ class Rule:
             if word not in known:
                 raise DaxError("bad_request", f"linear: {word!r} is not known{nearest(word, known)}")
         if self.static and self.per_token:
-            raise DaxError("bad_request", STATIC_PER_TOKEN)
+            raise DaxError(
+                "bad_request", "linear: one static scale cannot be per token: granularity tensor-channel or tensor"
+            )
 
     @property
     def per_token(self) -> bool:
@@ -60,18 +62,9 @@ class Rule:
         return GRANULARITIES[self.granularity][1]
 
 
-STATIC_PER_TOKEN = (
-    "linear.activation = static: one scale measured before cannot be per token; "
-    "set linear.granularity = tensor-channel or tensor"
-)
-
-
 def reason(scheme: str, machine: Machine) -> str | None:
     """Why `scheme` does not run there, or None. A CPU runs the reference of every scheme."""
-    needs = SCHEMES[scheme].min_sm
-    if machine.device == "cuda" and machine.sm is not None and machine.sm < needs:
-        return f"needs compute capability {needs / 10} or newer, {machine.name} has {machine.sm / 10}"
-    return None
+    return no_kernels(machine, SCHEMES[scheme].min_sm)
 
 
 def match(names: Iterable[str], rules: Mapping[str, str], optional: Iterable[str] = ()) -> dict[str, str]:
