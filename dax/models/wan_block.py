@@ -39,7 +39,8 @@ def block_forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
 
     norm = block.norm2
     h = x if isinstance(norm, nn.Identity) else normed(x, norm.weight[None], norm.bias[None], norm.eps, [attn2.to_q])
-    o = attend_heads(attn2, run(attn2.to_q, h, x.dtype), attn2.to_k(text), attn2.to_v(text), None)
+    k, v = attn2.to_kv(text).chunk(2, dim=-1) if attn2.fused_projections else (attn2.to_k(text), attn2.to_v(text))
+    o = attend_heads(attn2, run(attn2.to_q, h, x.dtype), k, v, None)
     x = added(attn2.to_out[0], o, None, x)
 
     h = normed(x, 1 + ffn_scale, ffn_shift, block.norm3.eps, [ffn_in.proj])

@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits: schemes and rules, the layer itself, static scales, checkpoints. Imported when first used."""
+"""Linear layers in 8 bits: schemes and rules, the layer, static scales, checkpoints. Imported when first used."""
 
 from importlib import import_module
 
