@@ -8,17 +8,17 @@ A key of the contract whose feature is not built yet is refused by name, so that
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dax.errors import DaxError, nearest
 from dax.plan_file import parse_scalar, read_yaml
 
 DEFAULT_PRESET = "exact"
 PLANS = Path(__file__).parent / "plans"
-NOT_YET_PRESETS = ("fast",)
-NOT_YET_KEYS = ("cache", "parallel", "offload")  # the whole part; its sub-keys too
+NOT_YET_PRESETS = ()
+NOT_YET_KEYS = ("offload",)  # the whole part; its sub-keys too
 NOT_YET_VALUES = (("attention.kernel", "int8"),)
 
 
@@ -63,12 +63,60 @@ class Blocks(Part):
     fused: bool = True
 
 
+class Cache(Part):
+    """Which steps are predicted. `auto` is what the policy's authors publish, or what was calibrated for the model."""
+
+    policy: Literal["none", "teacache", "magcache", "calibrated", "mask"] = "none"
+    reuse: Literal["velocity", "residual"] = "velocity"  # what a skipped step reuses; residual: as first published
+    threshold: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"  # teacache, magcache
+    ret_steps: bool = True  # teacache: the form that retains the first steps
+    retention: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"  # magcache
+    max_skips: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # magcache's K
+    mask: str = ""  # mask: 1 computed, 0 predicted, one letter a step
+    file: str = "auto"  # of dax calibrate; auto: the one that ships for this checkpoint
+    budget: Annotated[float, Field(gt=0, le=1)] = 0.4  # calibrated: share of the forwards to compute at most
+    min_psnr: Annotated[float, Field(ge=0)] = 0.0  # calibrated: instead, the latent fidelity in dB to hold; 0: budget
+    uncond_every: Annotated[int, Field(ge=1)] = 1  # uncond is computed in every n-th computed step only
+    drop_uncond: Annotated[int, Field(ge=0)] = 0  # no guidance in the last n steps
+
+    @field_validator("mask", mode="before")
+    @classmethod
+    def digits(cls, value):
+        """--set cache.mask=1101 reads as a number; its digits are meant."""
+        return str(value) if type(value) is int else value
+
+    @model_validator(mode="after")
+    def consistent(self):
+        if (self.policy == "mask") != bool(self.mask):
+            raise ValueError("cache.policy = mask and cache.mask belong together")
+        if self.reuse == "residual" and self.policy == "calibrated":
+            raise ValueError("a calibrated plan predicts velocities: cache.reuse = residual is for the other policies")
+        return self
+
+
+Auto = Literal["auto"]
+Degree = Auto | Annotated[int, Field(ge=1)]
+
+
+class Parallel(Part):
+    """How ranks share the work. `auto` is the planner's choice; on one rank there is nothing to share."""
+
+    cfg: Auto | Annotated[int, Field(ge=1, le=2)] = "auto"  # guidance branches at a time
+    ulysses: Degree = "auto"  # head groups
+    rows: Degree = "auto"  # query groups
+    overlap: Auto | Annotated[int, Field(ge=0, le=64)] = "auto"  # head chunks that hide the exchange; 0: hide nothing
+    wire: Literal["auto", "plain", "8bit"] = "auto"  # q, k, v as they are, or as 8-bit attention takes them
+    vae: Literal["auto", "split", "none"] = "auto"  # decoded by all ranks, a strip each, or by every rank alone
+
+
 class Plan(Part):
     """How a model is to be run. Frozen and hashable; `Plan()` is the preset `exact`."""
 
     attention: Attention = Attention()
     linear: Linear = Linear()
     blocks: Blocks = Blocks()
+    cache: Cache = Cache()
+    parallel: Parallel = Parallel()
     compile: Literal["none", "blocks"] = "none"
 
     @classmethod
@@ -114,7 +162,8 @@ class Plan(Part):
             path = ".".join(map(str, first["loc"]))
             key = next((leaf for leaf in provenance if path == leaf or path.startswith(f"{leaf}.")), path)
             where = provenance.get(key, "plan")
-            said = first["msg"].removeprefix("Value error, ")
+            same = [e for e in error.errors() if ".".join(map(str, e["loc"])).startswith(key)]  # one per kind of value
+            said = " or ".join(dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in same))
             raise DaxError("bad_request", f"{where}: {key} = {first['input']!r}: {said}") from None
 
     def to_yaml(self) -> str:
@@ -214,7 +263,10 @@ def flatten(values: Any, source: str, prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         key = f"{prefix}{name}"
         is_part = isinstance(value, dict) and not is_mapping(key)
-        inner = flatten(value, source, f"{key}.") if is_part else {key: value}
+        if key == "parallel" and value == "auto":  # the one group that has a word for all of its keys
+            inner = {leaf: "auto" for leaf in plan_keys() if leaf.startswith("parallel.")}
+        else:
+            inner = flatten(value, source, f"{key}.") if is_part else {key: value}
         for leaf, leaf_value in inner.items():
             if leaf in leaves and leaves[leaf] != leaf_value:
                 raise DaxError(

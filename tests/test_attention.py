@@ -187,21 +187,29 @@ def test_processor_equals_the_vendors():
     wan.check_processor.__wrapped__()
 
 
+def turn_otherwise(monkeypatch, change):
+    def turn_of(attn, rotary_emb, right=wan.turn_of):
+        turn = right(attn, rotary_emb)
+        if rotary_emb is None:
+            return turn
+        cos, sin = change(turn.cos, turn.sin)
+        return turn._replace(cos=cos, sin=sin)
+
+    monkeypatch.setattr(wan, "turn_of", turn_of)
+
+
 @pytest.mark.parametrize(
     "fault",
     [
-        lambda m: m.setattr(wan, "rotate", lambda x, cos, sin: x),
-        lambda m: m.setattr(wan, "rotate", lambda x, cos, sin, right=wan.rotate: right(x, cos, -sin)),
-        lambda m: m.setattr(
-            wan, "rotate", lambda x, cos, sin, right=wan.rotate: right(x, cos.roll(1, 1), sin.roll(1, 1))
-        ),
-        lambda m: m.setattr(
-            wan, "project", lambda attn, x, text: (attn.to_q(x), *2 * [attn.to_k(x if text is None else text)])
-        ),
-        lambda m: m.setattr(dense, "sdpa", lambda q, k, v, right=dense.sdpa: right(q, k, v, 1.0)),
-        lambda m: m.setattr(dense, "sdpa", lambda q, k, v, right=dense.sdpa: right(q, k, v).flip(2)),
+        lambda m: turn_otherwise(m, lambda cos, sin: (None, None)),
+        lambda m: turn_otherwise(m, lambda cos, sin: (cos, -sin)),
+        lambda m: turn_otherwise(m, lambda cos, sin: (cos.roll(1, 0), sin.roll(1, 0))),
+        lambda m: m.setattr(wan, "project", lambda attn, x: (attn.to_q(x), *2 * [attn.to_k(x)])),
+        lambda m: m.setattr(wan, "text_operands", lambda *x, right=wan.text_operands: right(*x)[::-1]),
+        lambda m: m.setitem(dense.RUN, "sdpa", lambda q, k, v, scale: dense.sdpa(q, k, v, 1.0)),
+        lambda m: m.setitem(dense.RUN, "sdpa", lambda q, k, v, scale: dense.sdpa(q, k, v).flip(2)),
     ],
-    ids=["no rotation", "wrong way", "off by one", "v is k", "scale", "heads swapped"],
+    ids=["no rotation", "wrong way", "off by one", "v is k", "text swapped", "scale", "heads swapped"],
 )
 def test_a_processor_that_differs_is_noticed(fault, monkeypatch):
     fault(monkeypatch)

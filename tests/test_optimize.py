@@ -86,7 +86,7 @@ def test_the_comparison_would_notice(random_pipe, monkeypatch):
     from dax.attention import dense
 
     stock, right = render(random_pipe), dense.sdpa
-    monkeypatch.setitem(dense.RUN, "sdpa", lambda q, k, v: 0.9 * right(q, k, v))
+    monkeypatch.setitem(dense.RUN, "sdpa", lambda q, k, v, scale: 0.9 * right(q, k, v, scale))
     with dax.optimize(random_pipe, attention={"kernel": "sdpa"}):
         assert relative(render(random_pipe), stock) > 1e-2
 
@@ -255,7 +255,8 @@ def test_bad_overrides_are_refused_before_anything_changes(random_pipe, override
 def test_overrides_win_over_the_plan(random_pipe, tmp_path, compiler):
     (tmp_path / "plan.yaml").write_text("attention:\n  kernel: sdpa\ncompile: none\n")
     with dax.optimize(random_pipe, str(tmp_path / "plan.yaml"), compile="blocks") as engine:
-        assert engine.plan == EXACT_SDPA.model_copy(update={"compile": "blocks", "blocks": Blocks(fused=False)})
+        assert (engine.plan.attention, engine.plan.compile) == (EXACT_SDPA.attention, "blocks")
+        assert engine.plan.blocks == Blocks(fused=False)
 
 
 def test_a_bare_transformer(random_pipe):
@@ -303,13 +304,12 @@ def test_resolve_decides_every_auto_and_is_pure():
 def test_resolve_falls_back_by_name():
     plan = Plan.from_layers([("test", {"attention.kernel": "flash", "compile": "blocks"})])[0]
     resolved = resolve(plan, TINY, replace(H200, compiler=None))
-    assert (resolved.plan.attention.kernel, resolved.plan.compile) == ("cudnn", "none")
+    assert resolved.plan.leaves().items() >= {"attention.kernel": "cudnn", "compile": "none"}.items()
     assert [text.split(":")[0] for text in resolved.fallbacks] == ["attention.kernel = flash", "compile = blocks"]
     with pytest.raises(DaxError, match="attention.kernel = flash.*; compile = blocks"):
         resolve(plan, TINY, replace(H200, compiler=None), strict=True)
-    assert resolve(plan, TINY, MACHINES["h200"], strict=True).plan == plan, (
-        "a data sheet is taken to have what it needs"
-    )
+    on_paper = resolve(plan, TINY, MACHINES["h200"], strict=True).plan  # a data sheet is taken to have what it needs
+    assert on_paper.leaves().items() >= {"attention.kernel": "flash", "compile": "blocks"}.items()
 
 
 def test_an_engine_keeps_no_model_alive(random_pipe):

@@ -1,11 +1,22 @@
 """Attention kernels: which exist, which run here, and one call for all of them.
 
-`backend` decides (no torch needed), `dense` computes, `apply_attention` puts one into a model's attention layers.
+`backend` decides (no torch needed), `dense` holds other people's kernels, `apply_attention` puts one into a model's
+attention layers.
 """
 
-from dax.attention.backend import KERNELS, apply_attention, choose, kernel_for_cross, reason
+from dax.attention.backend import KERNELS, Turn, apply_attention, backend_of, choose, kernel_for_cross, reason
 
-__all__ = ["KERNELS", "attend", "available", "choose", "apply_attention", "kernel_for_cross", "reason"]
+__all__ = [
+    "KERNELS",
+    "Turn",
+    "apply_attention",
+    "attend",
+    "available",
+    "backend_of",
+    "choose",
+    "kernel_for_cross",
+    "reason",
+]
 
 
 def available() -> dict[str, str | None]:
@@ -25,6 +36,6 @@ def attend(q, k, v, *, kernel: str = "auto", scale: float | None = None):
     DaxError("bad_request") for tensors that do not fit together, ("unsupported") for a kernel that does not run here.
     4 B H S T D floating-point operations.
     """
-    from dax.attention.dense import attend
+    from dax.attention.call import attend
 
     return attend(q, k, v, kernel=kernel, scale=scale)

@@ -1,4 +1,4 @@
-"""Which attention kernel runs where: a table, and two questions asked of it.
+"""Which attention kernel runs where: a table, and two questions asked of it; and what every kernel is once it runs.
 
 Nothing here imports torch, so a plan is resolved for a machine that is not there. `auto` is the fastest exact kernel;
 a kernel that changes the numbers beyond rounding is used only when it is asked for by name.
@@ -6,6 +6,7 @@ a kernel that changes the numbers beyond rounding is used only when it is asked 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from dax.edits import Edits
 from dax.errors import DaxError, nearest
@@ -46,6 +47,51 @@ KERNELS = {
         install="pip install sageattention",
     ),
 }
+
+
+class Turn(NamedTuple):
+    """What projected queries and keys go through before they meet: RMS norm over all heads, rotation by position.
+
+    q_weight, k_weight  [C]          of the norms, or None
+    cos, sin            [s, D] fp32  of this rank's tokens, every value twice; or None
+    """
+
+    q_weight: Any = None
+    k_weight: Any = None
+    cos: Any = None
+    sin: Any = None
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A kernel as four functions, so that its operands can travel between ranks in the form it wants them.
+
+    q, k, v are projections [B, s, C] of this rank's tokens; their rows may be strided.
+    stats    (k, v, heads, turn) -> (per_tile, range): what prepare must know of all tokens, or None if nothing.
+             Over ranks: per_tile is concatenated along dim 1 in token order, range is the elementwise maximum.
+    prepare  (q, k, v, heads, turn, stats, scale) -> operands, a tuple of tensors
+    attend   (operands, num_keys, scale) -> o [B, S, h, D]; scale is 1 / sqrt(D) when None, and the same for both
+    layout   of each operand: (dim of heads, dim of tokens or None, tokens per entry)
+    num_query_operands  of the operands, how many belong to queries: the first ones
+    token_align  a rank's share of the tokens begins at a multiple of it
+    name     as summaries tell it
+    """
+
+    name: str
+    stats: Callable
+    prepare: Callable
+    attend: Callable
+    layout: tuple[tuple[int, int | None, int], ...]
+    num_query_operands: int = 1
+    token_align: int = 1
+
+
+def backend_of(kernel: str) -> Backend:
+    """The functions of a kernel that runs here. Imports torch."""
+    from dax.attention import dense
+
+    return dense.backend(kernel)
 
 
 def reason(kernel: str, machine: Machine, dtype: str = "bfloat16", head_dim: int = 128) -> str | None:

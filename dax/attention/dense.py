@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dax.attention.backend import KERNELS, choose, package, reason
-from dax.errors import DaxError
+from dax.attention.backend import Backend, package
 from dax.hardware import machine
+from dax.kernels.qk_norm_rope import QK_NORM_ROPE
 
 
 def sdpa(q, k, v, scale=None):
@@ -61,24 +61,27 @@ def flash_function():
 RUN = {"sdpa": sdpa, "cudnn": cudnn, "flash": flash, "sage": sage}
 
 
-def attend(q, k, v, *, kernel: str = "auto", scale: float | None = None):
-    """`dax.attention.attend`, see there."""
-    check_operands(q, k, v)
-    here, dtype, head_dim = machine(q.device.type), str(q.dtype).removeprefix("torch."), q.shape[-1]
-    if kernel == "auto":
-        kernel = choose(here, dtype, head_dim)
-    problem = reason(kernel, here, dtype, head_dim)
-    if problem:
-        runs = [name for name in KERNELS if reason(name, here, dtype, head_dim) is None]
-        raise DaxError("unsupported", f"attention kernel {kernel!r} {problem}; these run here: {', '.join(runs)}")
-    return RUN[kernel](q, k, v, scale)
+def backend(kernel: str) -> Backend:
+    """A kernel of this file as attention's functions: the operands are q, k, v themselves, normed and turned."""
+    run = RUN[kernel]
+    return Backend(
+        name=kernel,
+        stats=lambda k, v, heads, turn: None,
+        prepare=prepare,
+        attend=lambda operands, num_keys, scale=None: run(*operands, scale),
+        layout=((2, 1, 1),) * 3,
+    )
 
 
-def check_operands(q, k, v) -> None:
-    """DaxError("bad_request") unless the three are [B, S, H, D], [B, T, H, D] twice, of one dtype on one device."""
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise DaxError("bad_request", f"attend: {shapes}: expected [B, S, H, D] and twice [B, T, H, D]")
-    if not q.is_floating_point() or len({(x.dtype, x.device) for x in (q, k, v)}) > 1:
-        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
-        raise DaxError("bad_request", f"attend: q, k, v are {kinds}: give one floating dtype on one device")
+def prepare(q, k, v, heads, turn, stats=None, scale=None):
+    """[B, s, C] each -> q, k, v [B, s, H, D], q and k normed and turned in one pass."""
+    q = turned(q, heads, turn.q_weight, turn.cos, turn.sin, turn.eps)
+    k = turned(k, heads, turn.k_weight, turn.cos, turn.sin, turn.eps)
+    return q, k, v.unflatten(2, (heads, -1))
+
+
+def turned(x, heads, weight, cos, sin, eps):
+    """qk_norm_rope, or a view of x where there is nothing to do."""
+    if weight is None and cos is None:
+        return x.unflatten(2, (heads, -1))
+    return QK_NORM_ROPE(x, heads, weight, cos, sin, eps)

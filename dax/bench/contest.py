@@ -66,7 +66,10 @@ def bench(
 
     import torch
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from dax.hardware import machine
+
+    here = machine(device)
+    device, sheet = here.device, here if here.peak_tflops else None  # a card without a data sheet has no ceiling
     transformer = build(facts, folder, device, num_layers)
     tokens = facts.tokens(*asdict(pixels).values())
     log(f"{facts.name}: {num_layers} of {facts.num_layers} blocks, {tokens} tokens, on {device}")
@@ -78,11 +81,10 @@ def bench(
     calls, origin = calls_of(facts, transformer, pixels, device)
     with torch.no_grad():
         results, left_out = run_rows(transformer, calls, origin, chosen, device, warm_up_s, timed_s, log)
-    machine = known_machine(device)
     lines = []
     for result in results:
         operations = operations_of(facts, pixels, num_layers, "int8" if eight_bits(result.row) else "bf16")
-        lines.append(line(result, operations, machine, facts, num_layers))
+        lines.append(line(result, operations, sheet, facts, num_layers))
     return report.record(
         subject,
         device,
@@ -190,13 +192,3 @@ def relative_error(output, reference) -> float:
 def eight_bits(row: rivals.Row) -> bool:
     """Whether the row's attention multiplies 8-bit numbers."""
     return row.backend == "sage" or (row.plan is not None and row.plan.attention.kernel == "sage")
-
-
-def known_machine(device: str):
-    """The hardware of a GPU bench when DAX has its data sheet, else None: then no ceiling is printed."""
-    if not device.startswith("cuda"):
-        return None
-    from dax.hardware import machine
-
-    here = machine("cuda")
-    return here if here.peak_tflops else None

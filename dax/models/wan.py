@@ -1,19 +1,21 @@
 """Wan text-to-video: where DAX stands in diffusers' WanTransformer3DModel, and how to build one of random weights.
 
 The seams are the list of blocks and the processor of each attention. The processor restates the vendor's own around a
-kernel of DAX; `check_processor` compares the two on small numbers before a model is touched, so that a diffusers that
-changed underneath is noticed.
+backend of DAX, in functions that a fused block calls too; `check_processor` compares the two on small numbers before a
+model is touched, so that a diffusers that changed underneath is noticed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import nn
 
+from dax.attention.backend import Backend, Turn, backend_of
+from dax.attention.dense import turned
 from dax.errors import DaxError
 from dax.facts import Facts, facts_from_config
+from dax.models.text_memory import TextMemory
 
 INDEX_KEYS = ("_class_name", "transformer", "transformer_2", "boundary_ratio", "expand_timesteps")
 
@@ -79,31 +81,34 @@ def config_of(model) -> dict:
 
 
 class WanProcessor:
-    """The attention of a Wan layer around `attend(q, k, v)`. One object serves every layer: it holds no state.
+    """The attention of a Wan layer around a backend. One object serves every layer of a kind.
 
     hidden_states  [B, S, C]   encoder_hidden_states  [B, T, text C] or None: self-attention
     rotary_emb     (cos, sin), each [1, S, 1, D] with every value twice, or None
     returns        [B, S, C]
+    text           the memory of the text's keys and values, or None to compute them anew each time
     """
 
-    def __init__(self, attend: Callable, kernel: str):
-        self.attend = attend
-        self.kernel = kernel
+    def __init__(self, backend: Backend, text: TextMemory | None = None):
+        self.backend = backend
+        self.text = text
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         if attention_mask is not None:
             raise DaxError("bad_request", "attention_mask: Wan's attention takes none, and DAX's kernels have no mask")
-        q, k, v = project(attn, hidden_states, encoder_hidden_states)
-        q, k = attn.norm_q(q), attn.norm_k(k)  # over all heads together, so before they are split
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-        if rotary_emb is not None:
-            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
-        o = self.attend(q, k, v).flatten(2).type_as(q)
+        if encoder_hidden_states is None:
+            o = attend_heads(attn, *project(attn, hidden_states), rotary_emb, self.backend)
+        else:
+            o = attend_text(attn, attn.to_q(hidden_states), encoder_hidden_states, self.backend, self.text)
         projection, dropout = attn.to_out
         return dropout(projection(o))
 
+    def around(self, backend: Backend) -> "WanProcessor":
+        """The same processor around another backend, such as one that asks other ranks."""
+        return type(self)(backend, self.text)
+
     def __repr__(self):
-        return f"WanProcessor({self.kernel!r})"
+        return f"WanProcessor({self.backend.name!r})"
 
     def _refuse(self, value):
         if value is not None:
@@ -117,28 +122,47 @@ class WanProcessor:
     _parallel_config = property(lambda self: None, _refuse)
 
 
-def project(attn, x, text):
-    """q [B, S, C], k and v [B, T, C] of a layer, through its fused projections where it has them."""
-    context = x if text is None else text
-    if not attn.fused_projections:
-        return attn.to_q(x), attn.to_k(context), attn.to_v(context)
-    if attn.is_cross_attention:
-        return attn.to_q(x), *attn.to_kv(context).chunk(2, dim=-1)
-    return attn.to_qkv(x).chunk(3, dim=-1)
+def attend_heads(attn, q, k, v, rotary_emb, backend: Backend):
+    """Self-attention of a layer, from its projections to what its output projection takes.
 
-
-def rotate(x, cos, sin):
-    """Turn each pair of neighbouring channels by its position's angle.
-
-    x         [B, S, H, D];  cos, sin  [1, S, 1, D] fp32, every value twice
-    returns   [B, S, H, D]   in x's dtype, computed in fp32
+    q, k, v     [B, S, C]  as projected; rows may be strided, as thirds of a fused projection are
+    rotary_emb  (cos, sin), each [1, S, 1, D] with every value twice, or None
+    returns     [B, S, C]
     """
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    turned = torch.empty_like(x)
-    turned[..., 0::2] = even * cos - odd * sin
-    turned[..., 1::2] = even * sin + odd * cos
-    return turned
+    turn = turn_of(attn, rotary_emb)
+    stats = backend.stats(k, v, attn.heads, turn)
+    operands = backend.prepare(q, k, v, attn.heads, turn, stats)
+    return backend.attend(operands, k.shape[1]).flatten(2)
+
+
+def attend_text(attn, q, text, backend: Backend, memory: TextMemory | None = None):
+    """Cross-attention of a layer, from its projected queries to what its output projection takes.
+
+    q        [B, S, C]       text  [B, T, C]  the embedded text
+    returns  [B, S, C]       the text's keys and values come from `memory` if it has them
+    """
+    k, v = text_operands(attn, text) if memory is None else memory.get(attn, text, text_operands)
+    turn = turn_of(attn, None)
+    q = turned(q, attn.heads, turn.q_weight, None, None, turn.eps)
+    return backend.attend((q, k, v), text.shape[1]).flatten(2)
+
+
+def text_operands(attn, text):
+    """Keys, normed, and values of the embedded text: [B, T, H, D] each."""
+    k, v = attn.to_kv(text).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(text), attn.to_v(text))
+    turn = turn_of(attn, None)
+    return turned(k, attn.heads, turn.k_weight, None, None, turn.eps), v.unflatten(2, (attn.heads, -1))
+
+
+def turn_of(attn, rotary_emb) -> Turn:
+    """The norms of a layer and the rotation of its tokens, as the backends take them."""
+    cos, sin = (None, None) if rotary_emb is None else (table[0, :, 0] for table in rotary_emb)
+    return Turn(attn.norm_q.weight, attn.norm_k.weight, cos, sin, attn.norm_q.eps)
+
+
+def project(attn, x):
+    """q, k, v [B, S, C] of a self-attention layer, through its fused projection where it has one."""
+    return attn.to_qkv(x).chunk(3, dim=-1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
 
 
 def check_seams(target: Target) -> None:
@@ -177,8 +201,6 @@ def check_seams(target: Target) -> None:
 @cache
 def check_processor() -> None:
     """Run DAX's processor and the vendor's on one small layer of each kind. DaxError("check_failed") if they differ."""
-    from dax.attention.dense import sdpa
-
     WanAttention, WanAttnProcessor = vendor()
     S, T, H, D = 6, 5, 2, 8
     angle = torch.arange(S * D / 2).view(1, S, 1, D // 2).repeat_interleave(2, dim=-1)
@@ -191,7 +213,7 @@ def check_processor() -> None:
             x, text = torch.randn(1, S, H * D), torch.randn(1, T, H * D) if cross else None
             rotary = None if cross else (angle.cos(), angle.sin())
             theirs = WanAttnProcessor()(layer, x, text, None, rotary)
-            ours = WanProcessor(sdpa, "sdpa")(layer, x, text, None, rotary)
+            ours = WanProcessor(backend_of("sdpa"))(layer, x, text, None, rotary)
             error = ((ours - theirs).norm() / theirs.norm()).item()
             if not error < 1e-5:
                 import diffusers

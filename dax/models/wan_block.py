@@ -18,6 +18,7 @@ from dax.errors import DaxError
 from dax.kernels.gated_residual import gated_residual
 from dax.kernels.norm_modulate import norm_modulate, norm_modulate_quantize
 from dax.kernels.scaled_linear import scaled_linear
+from dax.models.wan import WanProcessor, attend_heads, attend_text
 from dax.quant.linear import QuantLinear
 
 Activation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # bf16, or 8 bits and a scale for each token
@@ -34,27 +35,16 @@ def block_forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
     attn1, attn2, (ffn_in, _, ffn_out) = block.attn1, block.attn2, block.ffn.net
 
     h = normed(x, 1 + scale, shift, block.norm1.eps, projections(attn1))
-    o = attend_heads(attn1, *queries_keys_values(attn1, h, x.dtype), rotary_emb)
+    o = attend_heads(attn1, *queries_keys_values(attn1, h, x.dtype), rotary_emb, attn1.processor.backend)
     x = added(attn1.to_out[0], o, gate, x)
 
     norm = block.norm2
     h = x if isinstance(norm, nn.Identity) else normed(x, norm.weight[None], norm.bias[None], norm.eps, [attn2.to_q])
-    k, v = attn2.to_kv(text).chunk(2, dim=-1) if attn2.fused_projections else (attn2.to_k(text), attn2.to_v(text))
-    o = attend_heads(attn2, run(attn2.to_q, h, x.dtype), k, v, None)
+    o = attend_text(attn2, run(attn2.to_q, h, x.dtype), text, attn2.processor.backend, attn2.processor.text)
     x = added(attn2.to_out[0], o, None, x)
 
     h = normed(x, 1 + ffn_scale, ffn_shift, block.norm3.eps, [ffn_in.proj])
     return added(ffn_out, gelu(ffn_in, h, ffn_out, x.dtype), ffn_gate, x)
-
-
-def attend_heads(attn, q, k, v, rotary_emb):
-    from dax.models.wan import rotate
-
-    q, k = attn.norm_q(q), attn.norm_k(k)
-    q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-    if rotary_emb is not None:
-        q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
-    return attn.processor.attend(q, k, v).flatten(2).type_as(q)
 
 
 def normed(x, weight, bias, eps: float, layers: list) -> Activation:
@@ -220,8 +210,7 @@ def difference() -> str | None:
     """Run the fused block and the vendor's own on small numbers: how they differ, or None if they do not."""
     import diffusers
 
-    from dax.attention.dense import sdpa
-    from dax.models.wan import WanProcessor
+    from dax.attention import backend_of
 
     S, T, H, D = 6, 5, 2, 8
     angle = torch.arange(S * D / 2).view(1, S, 1, D // 2).repeat_interleave(2, dim=-1)
@@ -237,7 +226,7 @@ def difference() -> str | None:
             rotary = (angle.cos(), angle.sin())
             theirs = block(*args, rotary)
             for attn in (block.attn1, block.attn2):
-                attn.set_processor(WanProcessor(sdpa, "sdpa"))
+                attn.set_processor(WanProcessor(backend_of("sdpa")))
             ours = block_forward(block, *args, rotary)
         error = ((ours - theirs).norm() / theirs.norm()).item()
     except (ImportError, TypeError, AttributeError, ValueError, RuntimeError) as problem:

@@ -1,0 +1,98 @@
+"""Keys and values of the text in every cross-attention layer, computed once a prompt instead of once a forward.
+
+They depend on the prompt's embedding and on weights alone. A forward of the transformer announces the embedding it was
+given; what was computed for it serves as long as that very tensor lives, neither it nor a weight was changed in place,
+and the run goes on. The results are the same bits as without.
+"""
+
+import weakref
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+
+from dax.edits import Edits
+
+MOST_PROMPTS = 4  # remembered at a time: guidance has two
+
+
+class TextMemory:
+    """{prompt embedding: {layer: (k, v)}} of one pipeline's transformers; keeps no embedding alive."""
+
+    def __init__(self):
+        self.known: dict[tuple, tuple] = {}  # ids of transformer and embedding: (its reference, state, {layer: entry})
+        self.layers: dict | None = None  # of the forward under way; None: remember nothing
+
+    def announce(self, transformer, args, kwargs) -> None:
+        """A hook before the transformer's forward: whose text the coming layers see."""
+        text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+        state = None if text is None or torch.is_grad_enabled() else version(transformer.condition_embedder, text)
+        if state is None:
+            self.layers = None
+            return
+        key = id(transformer), id(text)
+        known = self.known.get(key)
+        if known is None or known[0]() is not text or known[1] != state:
+            while len(self.known) >= MOST_PROMPTS:
+                del self.known[next(iter(self.known))]
+            known = weakref.ref(text, lambda gone: self.forget(key, gone)), state, {}
+            self.known[key] = known
+        self.layers = known[2]
+
+    def conclude(self, transformer, args, output) -> None:
+        """A hook after the forward, whether it succeeded or not."""
+        self.layers = None
+
+    def get(self, attn, text, compute: Callable):
+        """What compute(attn, text) gives, remembered where possible. Not in a compiled block: a graph has no memory."""
+        if torch.compiler.is_compiling() or self.layers is None:
+            return compute(attn, text)
+        state = version(attn)
+        entry = self.layers.get(id(attn))
+        if state is None or entry is None or entry[0] != state:
+            entry = self.layers[id(attn)] = (state, compute(attn, text))
+        return entry[1]
+
+    def forget(self, key: tuple, gone) -> None:
+        if key in self.known and self.known[key][0] is gone:
+            del self.known[key]
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self.known.clear()
+        self.layers = None
+
+
+def version(module, *tensors) -> tuple | None:
+    """Changes when a tensor of the module, or one given, is replaced or changed in place; None if torch cannot tell."""
+    try:
+        return tuple((id(x), x._version) for x in chain(module.parameters(), module.buffers(), tensors))
+    except RuntimeError:  # made under inference_mode
+        return None
+
+
+def remember_text(target, edits: Edits) -> TextMemory:
+    """A memory fed by the forwards of the target's transformers, cleared by undo and at the end of a pipeline's run."""
+    memory = TextMemory()
+    for transformer in target.transformers:
+        hooks = []
+
+        def install(transformer=transformer, hooks=hooks):
+            hooks.append(transformer.register_forward_pre_hook(memory.announce, with_kwargs=True))
+            hooks.append(transformer.register_forward_hook(memory.conclude, always_call=True))
+
+        def remove(hooks=hooks):
+            for hook in hooks:
+                hook.remove()
+            memory.clear()
+
+        edits.call(install, remove)
+    if target.pipe is not None:
+        finish = target.pipe.maybe_free_model_hooks  # the last thing a pipeline's call does
+
+        def end_of_run():
+            memory.clear()
+            return finish()
+
+        edits.set_attribute(target.pipe, "maybe_free_model_hooks", end_of_run)
+    return memory

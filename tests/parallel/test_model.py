@@ -1,0 +1,51 @@
+"""The stock pipeline on several ranks makes the clip one process makes, whatever the ranks divide."""
+
+import pytest
+
+from tests.parallel import tasks
+
+TOPOLOGIES = [
+    (2, {"cfg": 2}),
+    (2, {"cfg": 1, "ulysses": 2}),
+    (2, {"cfg": 1, "rows": 2, "overlap": 1}),
+    (4, {"cfg": 2, "ulysses": 2, "overlap": 3}),
+    (4, {"cfg": 1, "ulysses": 2, "rows": 2}),
+    (8, {"cfg": 1, "ulysses": 8, "overlap": 2}),
+]
+
+
+@pytest.mark.parametrize(("count", "parallel"), TOPOLOGIES, ids=str)
+def test_the_clip_is_that_of_one_process(ranks, count, parallel):
+    for latents, frames, restored, summary in ranks(count).run(tasks.model, parallel):
+        assert latents < 1e-5
+        assert frames < 1e-4
+        assert restored
+        assert "parallel.vae = split" in summary and f"on {count} ranks" in summary
+
+
+def test_without_guidance(ranks):
+    for latents, _, _, _ in ranks(2).run(tasks.model, {"cfg": 1}, 1.0):
+        assert latents < 1e-5
+
+
+def test_guidance_parallel_needs_guidance(ranks):
+    with pytest.raises(AssertionError, match="parallel.cfg = 2 needs guidance"):
+        ranks(2).run(tasks.model, {"cfg": 2}, 1.0)
+
+
+@pytest.mark.fault(51)
+def test_degrees_that_do_not_fit_the_ranks(ranks):
+    with pytest.raises(AssertionError, match="parallel.ulysses = 3: not possible on 2 ranks with 12 heads; usable:"):
+        ranks(2).run(tasks.model, {"ulysses": 3})
+
+
+@pytest.mark.parametrize("fault", ("rope", "heads"))
+def test_a_planted_fault_on_one_rank_is_seen(ranks, fault):
+    assert all(difference < 1e-5 for difference in ranks(2).run(tasks.faulty, None))
+    assert all(difference > 1e-3 for difference in ranks(2).run(tasks.faulty, fault))
+
+
+def test_cross_attention_needs_no_other_rank(ranks):
+    for cross, own, forward in ranks(2).run(tasks.collectives):
+        assert (cross, own) == (0, 4)  # q, k, v and the output
+        assert forward == 2 * 4 + 1  # and the tokens, joined after the head
