@@ -15,7 +15,7 @@ from dax.kernels.quantize import LARGEST
 from dax.quant.layers import check_scales, linears
 from dax.quant.linear import QuantLinear, check
 from dax.quant.scales import Scales
-from dax.quant.scheme import NONE, SCHEMES, Rule, match
+from dax.quant.scheme import SCHEMES, Rule, match, rules_of
 
 GONE = "linear.keep_original = none: the original weights were not kept; load the model again"
 PREQUANTIZED = "the checkpoint was quantised before it was loaded: its original weights were never here"
@@ -104,11 +104,9 @@ def refuse_fusing(name: str):
 def apply_linear(target, facts, part, edits: Edits, scales: Scales | None = None) -> Counter:
     """Quantise the linear layers of a model's transformers as the plan's part `linear` says: {scheme: layers}.
 
-    Embedders and output projection stay as they are (facts.full_precision) unless a rule says otherwise.
+    DaxError as of quantize_. `scales` are for static activations.
     """
-    kept = dict.fromkeys(facts.full_precision, NONE)
-    rules = {"*": part.scheme, **kept, **part.rules}
-    optional = [pattern for pattern in ("*", *kept) if pattern not in part.rules]
+    rules, optional = rules_of(part, facts)
     counts: Counter = Counter()
     plans = [
         planned(transformer, rules, part.granularity, part.activation == "static", optional)

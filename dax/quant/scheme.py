@@ -67,6 +67,15 @@ def reason(scheme: str, machine: Machine) -> str | None:
     return no_kernels(machine, SCHEMES[scheme].min_sm)
 
 
+def rules_of(part, facts) -> tuple[dict[str, str], list[str]]:
+    """(rules, patterns that may match nothing) of a plan's part `linear` for a model.
+
+    Embedders and output projection stay as they are (facts.full_precision) unless a rule says otherwise.
+    """
+    kept = dict.fromkeys(facts.full_precision, NONE)
+    return {"*": part.scheme, **kept, **part.rules}, [name for name in ("*", *kept) if name not in part.rules]
+
+
 def match(names: Iterable[str], rules: Mapping[str, str], optional: Iterable[str] = ()) -> dict[str, str]:
     """{layer: scheme} for the layers the rules quantise.
 
