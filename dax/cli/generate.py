@@ -34,6 +34,9 @@ def command(
         bool, typer.Option("--verify", help="read all weights: finite, and as their digests say")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="a fallback is an error")] = False,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="dB: refuse unless the plan is exact or was measured to hold this")
+    ] = None,
     allow_empty_prompt: Annotated[bool, typer.Option("--allow-empty-prompt")] = False,
     keep_frames_on_error: Annotated[
         str | None, typer.Option(help="where to save the frames (.npz) if the output cannot be written")
@@ -74,6 +77,7 @@ def command(
         allow_empty_prompt,
         keep_frames_on_error,
         from_clip,
+        min_psnr,
     )
     record = generate(job, log)
     for warning in record["warnings"]:

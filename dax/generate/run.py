@@ -22,6 +22,7 @@ from dax.generate.preflight import Checked, locate, preflight, verify
 from dax.generate.request import check_memory, make_request, request_fields
 from dax.models.tiny import FOLDER
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
+from dax.provenance import check_min_psnr, computes, read_measured
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Job:
     allow_empty_prompt: bool = False
     keep_frames_on_error: str | None = None
     from_clip: str | None = None
+    min_psnr: float | None = None
 
 
 @dataclass
@@ -84,8 +86,17 @@ def generate(job: Job, log=lambda text: None) -> dict:
     dtype = torch.bfloat16 if here.device == "cuda" else torch.float32
     check_memory(facts, request, checked.parameters * dtype.itemsize, dtype.itemsize, here.memory_gib)
     checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked)
-    resolved = resolve(asked, facts, here, job.strict, str(dtype).removeprefix("torch."), checkpoint)  # before loading
+    dtype_name = str(dtype).removeprefix("torch.")
+    resolved = resolve(asked, facts, here, job.strict, dtype_name, checkpoint)  # before loading
     check_steps(resolved.plan, facts, request, checkpoint)
+    measured = read_measured(job.plan) if job.plan else None
+    elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []
+    if elsewhere and job.strict:
+        raise DaxError("unsupported", f"--strict: plan {job.plan} was measured elsewhere: {'; '.join(elsewhere)}")
+    remarks += [f"the plan's fidelity was measured elsewhere: {text}" for text in elsewhere]
+    if job.min_psnr is not None:
+        exact = computes(resolved.plan) == computes(resolve(Plan(), facts, here, dtype=dtype_name).plan)
+        check_min_psnr(job.min_psnr, measured, elsewhere, exact)
     path = Path(job.output or video.default_name(request.prompt, request.seed, resolved.plan.hash()))
     video.check_target(path, job.overwrite)
     rescue = Path(job.keep_frames_on_error) if job.keep_frames_on_error else None
