@@ -15,6 +15,7 @@ from types import ModuleType
 from weakref import WeakSet
 
 from dax import attention
+from dax.cache.artifact import Artifact
 from dax.cache.policy import maker, resolve_cache
 from dax.edits import Edits
 from dax.errors import DaxError
@@ -35,6 +36,7 @@ class Resolved:
     plan: Plan
     notes: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    calibration: Artifact | None = None  # of the step cache
 
 
 def resolve(
@@ -72,11 +74,11 @@ def resolve(
             "compile": compiled,
         }
     )
-    cached, more, fell = resolve_cache(plan.cache, facts.name, checkpoint, kernels_of(resolved))
+    cached, calibration, more, fell = resolve_cache(plan.cache, facts.name, checkpoint, kernels_of(resolved))
     notes, fallbacks = notes + more, fallbacks + fell
     if strict and fallbacks:
         raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
-    return Resolved(resolved.model_copy(update={"cache": cached}), tuple(notes), tuple(fallbacks))
+    return Resolved(resolved.model_copy(update={"cache": cached}), tuple(notes), tuple(fallbacks), calibration)
 
 
 def kernels_of(plan: Plan) -> str:
@@ -112,7 +114,7 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     edits = Edits()
     try:
         changes = apply(resolved.plan, target, here, dtype, edits)
-        gate = gate_of(resolved.plan, target, checkpoint, edits)
+        gate = gate_of(resolved, target, checkpoint, edits)
     except BaseException:
         edits.undo()
         raise
@@ -155,15 +157,16 @@ def checkpoint_of(transformer) -> str:
     return checkpoint_digest(transformer)
 
 
-def gate_of(plan: Plan, target, checkpoint: str | None, edits: Edits):
+def gate_of(resolved: Resolved, target, checkpoint: str | None, edits: Edits):
     """The step cache's gate before the transformer, outside everything else; None if the plan has no cache."""
+    plan = resolved.plan
     if plan.cache.policy == "none":
         return None
     from dax.cache.gate import apply_cache
     from dax.models.wan_steps import time_embeddings
 
     (transformer,) = target.transformers
-    make = maker(plan.cache, target.facts.name, checkpoint, partial(time_embeddings, transformer))
+    make = maker(plan.cache, resolved.calibration, target.facts.name, partial(time_embeddings, transformer))
     residual = plan.cache.reuse == "residual"
     return apply_cache(
         transformer, target.pipe, make, edits, residual=residual, checkpoint=checkpoint, kernels=kernels_of(plan)

@@ -74,9 +74,11 @@ class Artifact:
         return {"format": FORMAT, **value}
 
     def save(self, path: Path) -> None:
-        """DaxError("cannot_write") if the path refuses."""
+        """Whole or not at all. DaxError("cannot_write") if the path refuses."""
+        part = path.with_name(f".{path.name}.part")
         try:
-            Path(path).write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
+            part.replace(path)
         except OSError as error:
             raise DaxError("cannot_write", f"{path}: {error.strerror}") from None
 

@@ -6,6 +6,7 @@ Fine-tuning moves it; an adapter on other layers does not. Nothing here imports 
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -17,17 +18,17 @@ def digest(bf16: bytes, num_layers: int) -> str:
     return hashlib.sha256(f"wan {num_layers} ".encode() + bf16).hexdigest()
 
 
-def folder_digest(tensors: dict, num_layers: int) -> str:
-    """The digest of a folder; `tensors` says which file has each, as `dax.generate.checkpoint.read_weights` does."""
-    found = tensors[TENSOR]
-    with found.file.open("rb") as file:  # a safetensors file: the header's length, the header, the tensors
-        length = int.from_bytes(file.read(8), "little")
-        start, stop = json.loads(file.read(length))[TENSOR]["data_offsets"]
-        file.seek(8 + length + start)
-        raw = file.read(stop - start)
-    if found.dtype == "F16":
+def folder_digest(file: Path, num_layers: int) -> str:
+    """The digest of a checkpoint from the safetensors file that holds its table, already checked."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        entry = json.loads(opened.read(length))[TENSOR]
+        start, stop = entry["data_offsets"]
+        opened.seek(8 + length + start)
+        raw = opened.read(stop - start)
+    if entry["dtype"] == "F16":
         raw = np.frombuffer(raw, "<f2").astype("<f4").tobytes()
-    if found.dtype != "BF16":
+    if entry["dtype"] != "BF16":
         bits = np.frombuffer(raw, "<u4")
         raw = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()  # to the nearest, ties to even
     return digest(raw, num_layers)

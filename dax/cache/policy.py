@@ -6,8 +6,8 @@ makes the table once the loop's steps and noise levels are known. Neither import
 
 from collections.abc import Callable, Sequence
 
-from dax.cache import artifact as artifacts
 from dax.cache import magcache, teacache
+from dax.cache.artifact import Artifact, find
 from dax.cache.step_plan import Setting, StepPlan, actions_of, check_mask, flow_sigmas, guidance_rows
 from dax.errors import DaxError
 from dax.plan import Cache
@@ -20,17 +20,18 @@ CALIBRATE = "run `dax calibrate`"
 
 def resolve_cache(
     cache: Cache, model: str, checkpoint: str | None, kernels: str
-) -> tuple[Cache, list[str], list[str]]:
-    """(the part with every `auto` decided, notes, fallbacks) for a model of that name and checkpoint.
+) -> tuple[Cache, Artifact | None, list[str], list[str]]:
+    """(the part with every `auto` decided, the calibration it goes by, notes, fallbacks) for a model and checkpoint.
 
-    DaxError("bad_request") if the policy has nothing to go by for this model.
+    The part names a calibration by its digest, never by a path. DaxError("bad_request") if the policy has nothing to
+    go by for this model.
     """
     notes, fallbacks = [], []
     if cache.policy in ("none", "mask"):
         if cache.policy == "mask":
             check_mask(cache.mask, "cache.mask")
-        return cache, notes, fallbacks
-    found = artifacts.find(cache.file, checkpoint, kernels)
+        return cache, None, notes, fallbacks
+    found = find(cache.file, checkpoint, kernels)
     if found is not None and checkpoint is not None and found.setting.checkpoint != checkpoint:
         raise DaxError(
             "bad_request",
@@ -45,7 +46,7 @@ def resolve_cache(
         )
     update = {}
     if found is not None:
-        update["file"] = f"sha256:{found.digest()}" if cache.file == "auto" else cache.file
+        update["file"] = f"sha256:{found.digest()}"
     if cache.policy == "calibrated" and found is None:
         update = {"policy": "magcache", **MAGCACHE_FAST}
         fallbacks.append(
@@ -66,16 +67,15 @@ def resolve_cache(
             update |= {key: value} if getattr(cache, key) == "auto" else {}
     elif cache.threshold == "auto":
         update |= TEACACHE
-    return cache.model_copy(update=update), notes, fallbacks
+    return cache.model_copy(update=update), found, notes, fallbacks
 
 
-def maker(cache: Cache, model: str, checkpoint: str | None, embeddings: Callable | None = None) -> Callable:
-    """make(setting, sigmas, timesteps) -> StepPlan for a resolved part, see `gate.Gate`.
+def maker(cache: Cache, found: Artifact | None, model: str, embeddings: Callable | None = None) -> Callable:
+    """make(setting, sigmas, timesteps) -> StepPlan for a resolved part and its calibration, see `gate.Gate`.
 
     embeddings   (timesteps, projected) -> [steps, C] fp32 time embeddings of the model; without it a TeaCache plan is
                  known only if the calibration holds its numbers, else make returns None
     """
-    found = None if cache.policy == "mask" else artifacts.find(cache.file, checkpoint)
 
     def make(setting: Setting, sigmas: Sequence[float] | None, timesteps=None) -> StepPlan | None:
         steps = setting.steps

@@ -88,7 +88,7 @@ def generate(job: Job, log=lambda text: None) -> dict:
     checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked)
     dtype_name = str(dtype).removeprefix("torch.")
     resolved = resolve(asked, facts, here, job.strict, dtype_name, checkpoint)  # before loading
-    check_steps(resolved.plan, facts, request, checkpoint)
+    check_steps(resolved, facts, request, checkpoint)
     measured = read_measured(job.plan) if job.plan else None
     elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []
     if elsewhere and job.strict:
@@ -336,19 +336,19 @@ class Forwards:
 
 def checkpoint_of(checked) -> str:
     """The digest a calibration of this checkpoint carries, from its folder."""
-    from dax.cache.checkpoint import folder_digest
+    from dax.cache.checkpoint import TENSOR, folder_digest
     from dax.generate.checkpoint import read_weights
 
-    tensors, _ = read_weights(checked.folder / "transformer", "diffusion_pytorch_model")
-    return folder_digest(tensors, checked.facts.num_layers)
+    tensors = read_weights(checked.folder / "transformer", "diffusion_pytorch_model")[0]
+    return folder_digest(tensors[TENSOR].file, checked.facts.num_layers)
 
 
-def check_steps(plan: Plan, facts, request, checkpoint: str | None):
+def check_steps(resolved, facts, request, checkpoint: str | None):
     """The step plan of a resolved plan as far as it is known without weights, else None.
 
     DaxError("bad_request") if it cannot serve the request.
     """
-    if plan.cache.policy == "none":
+    if resolved.plan.cache.policy == "none":
         return None
     setting = Setting(
         steps=request.steps,
@@ -356,7 +356,8 @@ def check_steps(plan: Plan, facts, request, checkpoint: str | None):
         guidance_scale=request.guidance_scale,
         checkpoint=checkpoint,
     )
-    return maker(plan.cache, facts.name, checkpoint)(setting, flow_sigmas(request.steps, request.flow_shift))
+    make = maker(resolved.plan.cache, resolved.calibration, facts.name)
+    return make(setting, flow_sigmas(request.steps, request.flow_shift))
 
 
 @contextmanager
