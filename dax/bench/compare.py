@@ -71,7 +71,7 @@ def compare(job: Job, log=lambda text: None, ready=lambda: None) -> tuple[Compar
 
     def resolved(plan):
         found = resolve(plan, checked.facts, here, job.strict, dtype_name, checkpoint)
-        run.check_steps(found.plan, checked.facts, requests[0], checkpoint)
+        run.check_steps(found, checked.facts, requests[0], checkpoint)
         return found
 
     knobs, head_dim = job.attribute > 0, checked.facts.head_dim
