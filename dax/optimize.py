@@ -145,7 +145,8 @@ def apply(plan: Plan, target, machine: Machine, dtype: str, edits: Edits) -> "li
 
         changes += [Change(*change) for change in apply_parallel(target, plan.parallel, machine.device, plain, edits)]
     if plan.compile == "blocks":
-        changes.append(Change("compile", "blocks", "transformer blocks", apply_compile(target.blocks(), edits), total))
+        count = apply_compile(target.blocks(), edits, overlap=plan.parallel.overlap != 0)
+        changes.append(Change("compile", "blocks", "transformer blocks", count, total))
     for change in changes:
         change.check()
     return changes
