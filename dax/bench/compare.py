@@ -71,7 +71,7 @@ def compare(job: Job, log=lambda text: None, ready=lambda: None) -> tuple[Compar
 
     def resolved(plan):
         found = resolve(plan, checked.facts, here, job.strict, dtype_name, checkpoint)
-        run.check_steps(found.plan, checked.facts, requests[0], checkpoint)
+        run.check_steps(found, checked.facts, requests[0], checkpoint)
         return found
 
     knobs, head_dim = job.attribute > 0, checked.facts.head_dim
@@ -198,9 +198,7 @@ def attribution(split: Split, variants: dict[str, Variant]) -> Attribution:
     costs = {part: fidelity(variants[name].cells[:count]) for part, name in split.knobs.items()}
     together = fidelity(variants[split.plan].cells[:count])
     knobs = [
-        Knob(
-            part=part, variant=name, refused=None, latent_error=costs[part].latent_error, psnr_db=costs[part].psnr_db
-        )
+        Knob(part=part, variant=name, refused=None, latent_error=costs[part].latent_error, psnr_db=costs[part].psnr_db)
         for part, name in split.knobs.items()
     ]
     knobs += [

@@ -35,6 +35,9 @@ def command(
         bool, typer.Option("--verify", help="read all weights: finite, and as their digests say")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="a fallback is an error")] = False,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="dB: refuse unless the plan is exact or was measured to hold this")
+    ] = None,
     allow_empty_prompt: Annotated[bool, typer.Option("--allow-empty-prompt")] = False,
     keep_frames_on_error: Annotated[
         str | None, typer.Option(help="where to save the frames (.npz) if the output cannot be written")
@@ -76,6 +79,7 @@ def command(
         keep_frames_on_error,
         from_clip,
         gpus,
+        min_psnr,
     )
     record = generate(job, log)
     if record is None:  # a rank of torchrun's that is not the first

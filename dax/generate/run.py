@@ -26,6 +26,7 @@ from dax.models.tiny import FOLDER
 from dax.parallel.join import place
 from dax.parallel.launch import run_ranks
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
+from dax.provenance import check_min_psnr, computes, read_measured
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Job:
     keep_frames_on_error: str | None = None
     from_clip: str | None = None
     gpus: int = 1
+    min_psnr: float | None = None
 
 
 @dataclass
@@ -94,11 +96,19 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
     dtype = torch.bfloat16 if here.device == "cuda" else torch.float32
     check_memory(facts, request, checked.parameters * dtype.itemsize, dtype.itemsize, here.memory_gib)
     checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked)
+    dtype_name = str(dtype).removeprefix("torch.")
     asked, shares = parallel_plan(asked, request, facts, count, job.strict, remarks)
-    # before loading
-    resolved = resolve(asked, facts, here, job.strict, str(dtype).removeprefix("torch."), checkpoint, shares)
+    resolved = resolve(asked, facts, here, job.strict, dtype_name, checkpoint, shares)  # before loading
     asked = asked.model_copy(update={"parallel": resolved.plan.parallel})
     check_steps(resolved, facts, request, checkpoint)
+    measured = read_measured(job.plan) if job.plan else None
+    elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []
+    if elsewhere and job.strict:
+        raise DaxError("unsupported", f"--strict: plan {job.plan} was measured elsewhere: {'; '.join(elsewhere)}")
+    remarks += [f"the plan's fidelity was measured elsewhere: {text}" for text in elsewhere]
+    if job.min_psnr is not None:
+        exact = computes(resolved.plan) == computes(resolve(Plan(), facts, here, dtype=dtype_name).plan)
+        check_min_psnr(job.min_psnr, measured, elsewhere, exact)
     path = Path(job.output or video.default_name(request.prompt, request.seed, resolved.plan.hash()))
     if at.first:
         check_outputs(job, path)
