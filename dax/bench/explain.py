@@ -92,8 +92,8 @@ def expected(plan: Plan, facts: Facts, machine, ranks: Ranks, forwards: int) -> 
     from dax.parallel.planner import cluster_of, predictions
     from dax.parallel.topology import Topology, topologies
 
-    attention = "8bit" if ATTENTION_DTYPES.get(plan.attention.kernel) == "int8" else "bf16"
-    cluster = cluster_of(machine, attention, attention, ranks.node)
+    attention = "8bit" if plan.attention.kernel in roofline.ATTENTION else "bf16"
+    cluster = cluster_of(machine, attention, "8bit" if plan.linear.active else "bf16", ranks.node)
     wire_bytes = 1 if plan.parallel.wire == "8bit" else 2
     own = Topology(plan.parallel.cfg, plan.parallel.ulysses, plan.parallel.rows)
     (chosen,) = predictions(facts, ranks.tokens, [own], cluster, plan.parallel.overlap, wire_bytes)

@@ -217,17 +217,31 @@ class Ranks:
 ALONE = Ranks()
 
 
-def resolve_parallel(asked, facts: Facts, machine, ranks: Ranks, eight_bit: bool, linear: str = "bf16") -> tuple:
+def resolve_parallel(
+    asked,
+    facts: Facts,
+    machine,
+    ranks: Ranks,
+    travels: bool = False,
+    attention: str = "bf16",
+    linear: str = "bf16",
+    joint: bool = True,
+) -> tuple:
     """(the plan's parallel part with every `auto` decided, notes). DaxError("bad_request") for degrees that do not fit.
 
-    eight_bit   whether the attention kernel takes 8-bit operands that can travel as such
-    linear      "8bit" or "bf16", the arithmetic of the linears
+    travels            whether the attention kernel has 8-bit operands that can travel as such
+    attention, linear  "8bit" or "bf16": their arithmetic
+    joint              whether both guidance branches compute the same steps
     """
+    if asked.cfg == 2 and not joint:
+        raise DaxError(
+            "bad_request", "parallel.cfg = 2: the step cache computes the branches at different steps; use cfg = 1"
+        )
     degrees = {name: None if (degree := getattr(asked, name)) == "auto" else degree for name in DEGREES}
-    topologies = complete(degrees, ranks.count, facts.num_heads, ranks.guided)
-    if asked.wire == "8bit" and not eight_bit:
-        raise DaxError("bad_request", "parallel.wire = 8bit: only 8-bit attention has 8-bit operands; use plain")
-    wire = ("8bit" if eight_bit else "plain") if asked.wire == "auto" else asked.wire
+    topologies = complete(degrees, ranks.count, facts.num_heads, ranks.guided and joint)
+    if asked.wire == "8bit" and not travels:
+        raise DaxError("bad_request", "parallel.wire = 8bit: this attention kernel has no 8-bit operands; use plain")
+    wire = ("8bit" if travels else "plain") if asked.wire == "auto" else asked.wire
     if ranks.count == 1:
         return asked.model_copy(update=dict.fromkeys(DEGREES, 1) | {"overlap": 0, "wire": "plain", "vae": "none"}), []
     if ranks.tokens is not None:
@@ -237,7 +251,7 @@ def resolve_parallel(asked, facts: Facts, machine, ranks: Ranks, eight_bit: bool
             shares[0].check()
     size = facts.defaults
     tokens = ranks.tokens or facts.tokens(size.height, size.width, size.num_frames)
-    cluster = cluster_of(machine, "8bit" if eight_bit else "bf16", linear, ranks.node or ranks.count)
+    cluster = cluster_of(machine, attention, linear, ranks.node or ranks.count)
     chunks, told = None if asked.overlap == "auto" else asked.overlap, ""
     if cluster is None:  # no rates are known: all branches, as many head groups as divide the heads, no chunks
         whole = [t for t in topologies if facts.num_heads % t.ulysses == 0] or topologies

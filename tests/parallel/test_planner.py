@@ -62,21 +62,28 @@ def test_more_ranks_are_faster_and_never_more_than_all_of_them():
 
 def test_a_plan_is_resolved_without_a_data_sheet():
     machine = replace(MACHINES["h200"], peak_tflops={})
-    plan, (note,) = resolve_parallel(Parallel(), WAN1, machine, Ranks(8), eight_bit=False)
+    plan, (note,) = resolve_parallel(Parallel(), WAN1, machine, Ranks(8), travels=False)
     assert (plan.cfg, plan.ulysses, plan.rows, plan.overlap, plan.wire, plan.vae) == (2, 4, 1, 0, "plain", "split")
     assert "predicted" not in note
 
 
 def test_what_is_asked_is_kept_or_refused():
     h200 = MACHINES["h200"]
-    plan, _ = resolve_parallel(Parallel(cfg=1, overlap=3), WAN14, h200, Ranks(4), eight_bit=True)
+    plan, _ = resolve_parallel(Parallel(cfg=1, overlap=3), WAN14, h200, Ranks(4), travels=True)
     assert (plan.cfg, plan.ulysses * plan.rows, plan.overlap, plan.wire) == (1, 4, 3, "8bit")
-    with pytest.raises(DaxError, match="parallel.wire = 8bit: only 8-bit attention"):
-        resolve_parallel(Parallel(wire="8bit"), WAN14, h200, Ranks(2), eight_bit=False)
+    with pytest.raises(DaxError, match="parallel.wire = 8bit: this attention kernel has no"):
+        resolve_parallel(Parallel(wire="8bit"), WAN14, h200, Ranks(2), travels=False)
     with pytest.raises(DaxError, match="320 tokens in blocks of 128 do not give each of 4 ranks a share"):
-        resolve_parallel(Parallel(cfg=1), WAN14, h200, Ranks(4, tokens=320, align=128), eight_bit=True)
-    plan, _ = resolve_parallel(Parallel(), WAN14, h200, Ranks(4, tokens=320, align=128), eight_bit=True)
+        resolve_parallel(Parallel(cfg=1), WAN14, h200, Ranks(4, tokens=320, align=128), travels=True)
+    plan, _ = resolve_parallel(Parallel(), WAN14, h200, Ranks(4, tokens=320, align=128), travels=True)
     assert plan.cfg == 2, "two ranks a branch have enough"
+
+
+def test_guidance_is_not_divided_when_its_branches_compute_different_steps():
+    plan, _ = resolve_parallel(Parallel(), WAN14, MACHINES["h200"], Ranks(2), joint=False)
+    assert plan.cfg == 1
+    with pytest.raises(DaxError, match="parallel.cfg = 2: the step cache computes the branches at different steps"):
+        resolve_parallel(Parallel(cfg=2), WAN14, MACHINES["h200"], Ranks(2), joint=False)
 
 
 def test_explain_says_what_to_expect():
