@@ -170,9 +170,7 @@ def attribution(split: Split, variants: dict[str, Variant]) -> Attribution:
     costs = {part: fidelity(variants[name].cells[:count]) for part, name in split.knobs.items()}
     together = fidelity(variants[split.plan].cells[:count])
     knobs = [
-        Knob(
-            part=part, variant=name, refused=None, latent_error=costs[part].latent_error, psnr_db=costs[part].psnr_db
-        )
+        Knob(part=part, variant=name, refused=None, latent_error=costs[part].latent_error, psnr_db=costs[part].psnr_db)
         for part, name in split.knobs.items()
     ]
     knobs += [

@@ -14,7 +14,6 @@ from dax.errors import DaxError, nearest
 from dax.facts import Facts
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
 
-ATTENTION_DTYPES = {"sage": "int8"}  # the arithmetic of each kernel; bf16 unless it says otherwise
 FORWARDS_PER_STEP = 2  # guidance runs the model with the prompt and without
 
 
@@ -38,9 +37,12 @@ def explain(
     resolved, notes, fallbacks = resolved_plan(asked, facts, machine, strict)
     tokens = facts.tokens(**asdict(pixels))
     operations = roofline.forward_operations(
-        facts, **asdict(pixels), attention_dtype=ATTENTION_DTYPES.get(resolved.attention.kernel, "bf16")
+        facts,
+        **asdict(pixels),
+        gemm_dtype=roofline.LINEAR.get(resolved.linear.scheme, "bf16"),
+        attention_dtype=roofline.ATTENTION.get(resolved.attention.kernel, "bf16"),
     )
-    fused = resolved.compile == "blocks"
+    fused = resolved.compile == "blocks" or resolved.blocks.fused
     parts = [part(op, machine, fused) for op in operations if op.flops or moved(op, fused)]
     flops = roofline.total(operations)[0]
     forward_s = roofline.seconds(operations, machine, fused) if machine else None
@@ -52,7 +54,7 @@ def explain(
         "tokens": tokens,
         "layers": facts.num_layers,
         "parameters": facts.num_parameters,
-        "weights_gib": roofline.weight_bytes(facts) / 2**30,
+        "weights_gib": roofline.weight_bytes(facts, eight_bits=resolved.linear.scheme != "none") / 2**30,
         "activations_gib": roofline.activation_bytes(facts, tokens) / 2**30,
         "hardware": machine.name if machine else None,
         "memory_gib": machine.memory_gib if machine else None,
@@ -121,9 +123,24 @@ def changes(plan: Plan, facts: Facts, machine) -> list[str]:
         f"attention.kernel = {kernel}: {layers} self-attention layers",
         f"attention.kernel = {cross}: {layers} cross-attention layers",
     ]
+    found += [f"linear.scheme = {scheme}: {count} linear layers" for scheme, count in quantized(plan, facts).items()]
+    if plan.blocks.fused:
+        found.append(f"blocks.fused = true: {layers} transformer blocks")
     if plan.compile == "blocks":
         found.append(f"compile = blocks: {layers} transformer blocks")
     return found
+
+
+def quantized(plan: Plan, facts: Facts) -> dict[str, int]:
+    """{scheme: linear layers} of a plan; DaxError("bad_request") for a rule that matches none."""
+    from collections import Counter
+
+    from dax.quant.scheme import match, rules_of
+
+    if not plan.linear.active:
+        return {}
+    rules, optional = rules_of(plan.linear, facts)
+    return dict(Counter(match(facts.linear_layers(), rules, optional).values()))
 
 
 def part(op: roofline.Operation, machine, fused: bool) -> dict:

@@ -28,6 +28,7 @@ def command(
         str | None, typer.Option("--from", help="an earlier clip: its settings where nothing else is stated")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
+    gpus: Annotated[int, typer.Option(help="ranks on this machine, one GPU each")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output if it exists")] = False,
     round: Annotated[bool, typer.Option("--round", help="move a size to the nearest the model can make")] = False,
     verify: Annotated[
@@ -77,9 +78,12 @@ def command(
         allow_empty_prompt,
         keep_frames_on_error,
         from_clip,
+        gpus,
         min_psnr,
     )
     record = generate(job, log)
+    if record is None:  # a rank of torchrun's that is not the first
+        return
     for warning in record["warnings"]:
         log(f"warning: {warning}")
     log(last_line(record))

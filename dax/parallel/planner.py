@@ -10,7 +10,7 @@ from math import ceil
 
 from dax.errors import DaxError
 from dax.facts import Facts
-from dax.parallel.topology import Topology, complete
+from dax.parallel.topology import Layout, Topology, complete
 
 DEGREES = ("cfg", "ulysses", "rows")
 CHUNKS = (1, 2, 3, 4, 5, 6, 8)  # head chunks worth a thought
@@ -210,12 +210,16 @@ def best(
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who shares the work: ranks in all, ranks per node, whether there are two guidance branches to divide."""
+    """Who shares the work: ranks in all, ranks per node, whether there are two guidance branches to divide.
+
+    tokens   of the clip, None when not known yet: then the model's own size is costed;  align  see topology.Layout
+    """
 
     count: int = 1
     node: int | None = None
     guided: bool = True
-    tokens: int | None = None  # of the clip; the model's own size when None
+    tokens: int | None = None
+    align: int = 1
 
 
 ALONE = Ranks()
@@ -233,6 +237,11 @@ def resolve_parallel(asked, facts: Facts, machine, ranks: Ranks, eight_bit: bool
     wire = ("8bit" if eight_bit else "plain") if asked.wire == "auto" else asked.wire
     if ranks.count == 1:
         return asked.model_copy(update=dict.fromkeys(DEGREES, 1) | {"overlap": 0, "wire": "plain", "vae": "none"}), []
+    if ranks.tokens is not None:
+        shares = [Layout(ranks.tokens, facts.num_heads, t.ulysses, t.rows, ranks.align) for t in topologies]
+        topologies = [t for t, layout in zip(topologies, shares) if 0 not in layout.token_sizes]
+        if not topologies:
+            shares[0].check()
     size = facts.defaults
     tokens = ranks.tokens or facts.tokens(size.height, size.width, size.num_frames)
     cluster = cluster_of(machine, "8bit" if eight_bit else "bf16", ranks.node or ranks.count)
