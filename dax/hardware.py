@@ -68,6 +68,17 @@ MACHINES = {
 }
 
 
+def no_kernels(machine: Machine, min_sm: int = 80) -> str | None:
+    """Why DAX's own GPU kernels do not run there, or None. On a CPU their references do."""
+    if machine.device != "cuda":
+        return None
+    if machine.sm is not None and machine.sm < min_sm:
+        return f"needs compute capability {min_sm / 10} or newer, {machine.name} has {machine.sm / 10}"
+    if not machine.is_data_sheet and "triton" not in machine.packages:
+        return "package triton is not installed: pip install triton"
+    return None
+
+
 @cache
 def machine(device: str | None = None) -> Machine:
     """This machine, seen from "cuda" or "cpu" (default: the first GPU, or the CPU without one). Imports torch.

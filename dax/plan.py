@@ -17,8 +17,8 @@ from dax.plan_file import parse_scalar, read_yaml
 
 DEFAULT_PRESET = "exact"
 PLANS = Path(__file__).parent / "plans"
-NOT_YET_PRESETS = ("balanced", "original")
-NOT_YET_KEYS = ("linear", "blocks", "offload")  # the whole part; its sub-keys too
+NOT_YET_PRESETS = ()
+NOT_YET_KEYS = ("offload",)  # the whole part; its sub-keys too
 NOT_YET_VALUES = (("attention.kernel", "int8"),)
 
 
@@ -36,6 +36,31 @@ class Part(BaseModel):
 
 class Attention(Part):
     kernel: Literal["auto", "sdpa", "cudnn", "flash", "sage"] = "auto"
+
+
+class Linear(Part):
+    """`rules` {layer or pattern: scheme or none} over the scheme; `scales` is a file of static scales, or none."""
+
+    scheme: Literal["none", "int8", "fp8", "fp8_e5m2", "int8_weight_only"] = "none"
+    granularity: Literal["token-channel", "tensor-channel", "tensor"] = "token-channel"
+    activation: Literal["dynamic", "static"] = "dynamic"
+    scales: str = "none"
+    rules: dict[str, str] = {}
+    keep_original: Literal["cpu", "none"] = "cpu"
+
+    @property
+    def active(self) -> bool:
+        """Whether any layer is to be quantised."""
+        return any(scheme != "none" for scheme in (self.scheme, *self.rules.values()))
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The schemes named, each once."""
+        return tuple(dict.fromkeys(s for s in (self.scheme, *self.rules.values()) if s != "none"))
+
+
+class Blocks(Part):
+    fused: bool = True
 
 
 class Cache(Part):
@@ -88,6 +113,8 @@ class Plan(Part):
     """How a model is to be run. Frozen and hashable; `Plan()` is the preset `exact`."""
 
     attention: Attention = Attention()
+    linear: Linear = Linear()
+    blocks: Blocks = Blocks()
     cache: Cache = Cache()
     parallel: Parallel = Parallel()
     compile: Literal["none", "blocks"] = "none"
@@ -108,15 +135,18 @@ class Plan(Part):
         """
         leaves: dict[str, Any] = {}
         provenance = dict.fromkeys(plan_keys(), "default")
+        order = ["default"]
         for source, values in layers:
             given = flatten(values, source)
             check_keys(given, source)
+            order.append(source)
             for key, value in given.items():
                 if key in leaves and provenance[key] == source and leaves[key] != value:
                     raise DaxError(
                         "bad_request", f"{source} sets {key} to both {leaves[key]!r} and {value!r}: keep one of them"
                     )
                 leaves[key], provenance[key] = value, source
+        settle(leaves, provenance, order)
         nested: dict[str, Any] = {}
         for key, value in leaves.items():
             check_value(key, value, provenance[key])
@@ -159,6 +189,32 @@ class Plan(Part):
         return value
 
 
+def settle(leaves: dict[str, Any], provenance: dict[str, str], order: list[str]) -> None:
+    """A fused block is not compiled: of the two, the one a higher layer asked for wins; one layer cannot ask for both.
+
+    Static activations have one scale, so they are never per token.
+    """
+    fused, compiled = leaves.get("blocks.fused", Blocks().fused), leaves.get("compile", "none")
+    if fused is True and compiled == "blocks":
+        by_fused, by_compile = provenance["blocks.fused"], provenance["compile"]
+        if by_fused == by_compile:
+            raise DaxError(
+                "bad_request",
+                f"{by_compile}: compile = blocks and blocks.fused = true: a fused block is not compiled; keep one",
+            )
+        if order.index(by_compile) > order.index(by_fused):
+            leaves["blocks.fused"], provenance["blocks.fused"] = False, by_compile
+        else:
+            leaves["compile"], provenance["compile"] = "none", by_fused
+    granularity = leaves.get("linear.granularity", Linear().granularity)
+    if leaves.get("linear.activation") == "static" and granularity == "token-channel":
+        raise DaxError(
+            "bad_request",
+            f"{provenance['linear.activation']}: linear.activation = static: one scale measured before cannot be per "
+            "token; set linear.granularity = tensor-channel or tensor",
+        )
+
+
 def presets() -> tuple[str, ...]:
     """Names of the presets that exist."""
     return tuple(sorted(path.stem for path in PLANS.glob("*.yaml")))
@@ -188,7 +244,9 @@ def plan_layer(name_or_path: "str | Path") -> tuple[str, dict]:
     if isinstance(name_or_path, str) and "/" not in name and not name.endswith((".yaml", ".yml")):
         if not Path(name).exists():
             raise DaxError("bad_request", f"unknown plan {name!r}{nearest(name, presets())}")
-    return f"file {name}", read_yaml(Path(name))
+    values = read_yaml(Path(name))
+    values.pop("measured", None)  # of a tuned plan: what dax/provenance.py reads, no part of the plan
+    return f"file {name}", values
 
 
 def parse_set(text: str) -> dict[str, Any]:
