@@ -244,7 +244,9 @@ def plan_layer(name_or_path: "str | Path") -> tuple[str, dict]:
     if isinstance(name_or_path, str) and "/" not in name and not name.endswith((".yaml", ".yml")):
         if not Path(name).exists():
             raise DaxError("bad_request", f"unknown plan {name!r}{nearest(name, presets())}")
-    return f"file {name}", read_yaml(Path(name))
+    values = read_yaml(Path(name))
+    values.pop("measured", None)  # of a tuned plan: what dax/provenance.py reads, no part of the plan
+    return f"file {name}", values
 
 
 def parse_set(text: str) -> dict[str, Any]:

@@ -218,3 +218,13 @@ def test_save_names_what_it_cannot_write(tmp_path):
     with pytest.raises(DaxError, match="No such file") as caught:
         Plan().save(tmp_path / "missing" / "plan.yaml")
     assert caught.value.exit_code == 6
+
+
+def test_the_parallel_part_takes_one_word_or_numbers():
+    layers = [("file a", {"parallel": {"cfg": 2, "ulysses": 4}}), ("--set", {"parallel": "auto"})]
+    plan, sources = Plan.from_layers(layers)
+    assert plan.parallel == Plan().parallel and sources["parallel.cfg"] == "--set"
+    wrong = {"cfg": 3, "ulysses": 0, "rows": 1.5, "overlap": "x", "wire": "9bit", "vae": True}
+    for key, value in wrong.items():
+        with pytest.raises(DaxError, match=f"--set: parallel.{key} = {value!r}"):
+            Plan.from_layers([("--set", {f"parallel.{key}": value})])

@@ -28,12 +28,16 @@ def command(
         str | None, typer.Option("--from", help="an earlier clip: its settings where nothing else is stated")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
+    gpus: Annotated[int, typer.Option(help="ranks on this machine, one GPU each")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output if it exists")] = False,
     round: Annotated[bool, typer.Option("--round", help="move a size to the nearest the model can make")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="read all weights: finite, and as their digests say")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="a fallback is an error")] = False,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="dB: refuse unless the plan is exact or was measured to hold this")
+    ] = None,
     allow_empty_prompt: Annotated[bool, typer.Option("--allow-empty-prompt")] = False,
     keep_frames_on_error: Annotated[
         str | None, typer.Option(help="where to save the frames (.npz) if the output cannot be written")
@@ -74,8 +78,12 @@ def command(
         allow_empty_prompt,
         keep_frames_on_error,
         from_clip,
+        gpus,
+        min_psnr,
     )
     record = generate(job, log)
+    if record is None:  # a rank of torchrun's that is not the first
+        return
     for warning in record["warnings"]:
         log(f"warning: {warning}")
     log(last_line(record))

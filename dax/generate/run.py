@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,9 +20,13 @@ from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate import video
 from dax.generate.preflight import Checked, locate, preflight, verify
+from dax.generate.ranks import count_of, parallel_plan, team
 from dax.generate.request import check_memory, make_request, request_fields
 from dax.models.tiny import FOLDER
+from dax.parallel.join import place
+from dax.parallel.launch import run_ranks
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
+from dax.provenance import check_min_psnr, computes, read_measured
 
 
 @dataclass(frozen=True)
@@ -44,29 +49,36 @@ class Job:
     allow_empty_prompt: bool = False
     keep_frames_on_error: str | None = None
     from_clip: str | None = None
+    gpus: int = 1
+    min_psnr: float | None = None
 
 
 @dataclass
 class Clock:
-    """Seconds per stage."""
+    """Seconds per stage. `enter` is told each stage's name as it begins."""
 
+    enter: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str):
+        self.enter(name)
         start = time.perf_counter()
         yield
         synchronize()
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
-def generate(job: Job, log=lambda text: None) -> dict:
+def generate(job: Job, log=lambda text: None) -> dict | None:
     """Run the job and return its record, the JSON object of `dax generate --json`.
+
+    With `gpus` above 1 it starts that many ranks of itself; on a rank other than 0 it returns None.
 
     DaxError before anything is loaded for a bad request, plan, model or output; "check_failed" for a clip that is not
     finite; "cannot_write" when the file cannot be written. Costs the model's bytes and its run time.
     """
     start = time.perf_counter()
+    at, count = count_of(job.gpus, job.device)
     job, earlier = with_earlier(job)
     checked = check_model(job.model)
     facts = checked.facts
@@ -84,22 +96,32 @@ def generate(job: Job, log=lambda text: None) -> dict:
     dtype = torch.bfloat16 if here.device == "cuda" else torch.float32
     check_memory(facts, request, checked.parameters * dtype.itemsize, dtype.itemsize, here.memory_gib)
     checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked)
-    resolved = resolve(asked, facts, here, job.strict, str(dtype).removeprefix("torch."), checkpoint)  # before loading
+    dtype_name = str(dtype).removeprefix("torch.")
+    asked, shares = parallel_plan(asked, request, facts, count, job.strict, remarks)
+    resolved = resolve(asked, facts, here, job.strict, dtype_name, checkpoint, shares)  # before loading
+    asked = asked.model_copy(update={"parallel": resolved.plan.parallel})
     check_steps(resolved, facts, request, checkpoint)
+    measured = read_measured(job.plan) if job.plan else None
+    elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []
+    if elsewhere and job.strict:
+        raise DaxError("unsupported", f"--strict: plan {job.plan} was measured elsewhere: {'; '.join(elsewhere)}")
+    remarks += [f"the plan's fidelity was measured elsewhere: {text}" for text in elsewhere]
+    if job.min_psnr is not None:
+        exact = computes(resolved.plan) == computes(resolve(Plan(), facts, here, dtype=dtype_name).plan)
+        check_min_psnr(job.min_psnr, measured, elsewhere, exact)
     path = Path(job.output or video.default_name(request.prompt, request.seed, resolved.plan.hash()))
-    video.check_target(path, job.overwrite)
-    rescue = Path(job.keep_frames_on_error) if job.keep_frames_on_error else None
-    if rescue is not None:
-        if rescue.suffix != ".npz" or rescue == path:
-            raise DaxError("cannot_write", f"--keep-frames-on-error {rescue}: must be another file, ending in .npz")
-        video.check_target(rescue, overwrite=False)
-    if job.verify:
+    if at.first:
+        check_outputs(job, path)
+    if count > at.count:
+        return run_ranks(generate_here, (replace(job, output=str(path)),), count)
+    if job.verify and at.first:
         remarks += verify(checked)
 
-    clock = Clock()
-    with out_of_memory(request):
+    agreed = {"request": repr(request), "plan": resolved.plan.hash(), "model": checked.digest, "device": here.name}
+    with team(at, here.device, agreed) as ranks, out_of_memory(request):
+        clock = Clock(ranks.enter)
         with clock.stage("load"):
-            pipe = load(checked, here.device, dtype)
+            pipe = load(checked, here.device, dtype, ranks.first)
             checked.unchanged()
             set_flow_shift(pipe, request.flow_shift)
         from dax.optimize import optimize
@@ -108,13 +130,22 @@ def generate(job: Job, log=lambda text: None) -> dict:
             remarks += engine.fallbacks
             log(engine.summary())
             with clock.stage("text"):
-                embeds = encode(pipe, request, remarks)
+                shape, guided = (1, facts.text_tokens, facts.text_dim), request.guidance_scale > 1
+                embeds = ranks.share_text(
+                    lambda: encode(pipe, request, remarks), shape, guided, pipe.transformer.dtype, pipe.device
+                )
             with clock.stage("denoise"), warnings.catch_warnings(record=True) as found:
                 warnings.simplefilter("always")
-                latents = denoise(pipe, request, *embeds)
+                ranks.step(0, request.steps)
+                latents = denoise(
+                    pipe, request, *embeds, lambda step, _: ranks.step(step + 1, request.steps), not ranks.first
+                )
             remarks += dict.fromkeys(str(w.message) for w in found if str(w.message).startswith("step cache:"))
+            computed = ranks.most(forwards.computed)
             with clock.stage("decode"):
-                frames = decode(pipe, latents)
+                frames = decode(pipe, latents) if ranks.first or engine.plan.parallel.vae == "split" else None
+    if not ranks.first:
+        return None
     record = {
         "path": str(path),
         "model": job.model or "tiny",
@@ -122,12 +153,14 @@ def generate(job: Job, log=lambda text: None) -> dict:
         **asdict(request),
         "plan": engine.plan.model_dump(),
         "plan_hash": engine.plan.hash(),
-        "computed": forwards.computed,
+        "computed": computed,
+        "ranks": ranks.count,
         "peak_memory_gib": round(peak_memory_gib(here.device), 2),
         "device": here.name,
         "versions": {**here.packages, "dax-engine": version(), "python": sys.version.split()[0]},
         "warnings": remarks,
     }
+    rescue = Path(job.keep_frames_on_error) if job.keep_frames_on_error else None
     try:
         with clock.stage("write"):
             # the record in the file cannot know how long writing it takes
@@ -139,6 +172,21 @@ def generate(job: Job, log=lambda text: None) -> dict:
         raise DaxError(error.code, f"{error}; the frames are in {rescue}") from None
     total = round(time.perf_counter() - start, 3)
     return {**record, "seconds": {**clock.seconds, "total": total}}
+
+
+def generate_here(job: Job) -> dict | None:
+    """generate() as one of the ranks it has started."""
+    return generate(job, lambda text: print(text, file=sys.stderr, flush=True) if place().first else None)
+
+
+def check_outputs(job: Job, path: Path) -> None:
+    """DaxError("cannot_write") if the clip, or what is to be saved of it on an error, could not be written."""
+    video.check_target(path, job.overwrite)
+    if job.keep_frames_on_error:
+        rescue = Path(job.keep_frames_on_error)
+        if rescue.suffix != ".npz" or rescue == path:
+            raise DaxError("cannot_write", f"--keep-frames-on-error {rescue}: must be another file, ending in .npz")
+        video.check_target(rescue, overwrite=False)
 
 
 def with_earlier(job: Job) -> tuple[Job, dict]:
@@ -156,7 +204,9 @@ def with_earlier(job: Job) -> tuple[Job, dict]:
 def plan_layers(job: Job, earlier: dict) -> list[tuple[str, dict]]:
     """Lowest first: --plan, else the plan of an earlier clip, else the default preset; then each --set."""
     if job.plan is None and "plan" in earlier:
-        base = (f"clip {job.from_clip}", earlier["plan"])
+        # how ranks shared the work then does not matter now
+        plan = {key: value for key, value in earlier["plan"].items() if key != "parallel"}
+        base = (f"clip {job.from_clip}", plan)
     else:
         base = plan_layer(job.plan or DEFAULT_PRESET)
     return [base, *((f"--set {text}", parse_set(text)) for text in job.sets)]
@@ -171,18 +221,28 @@ def check_model(model: str | None) -> Checked:
     return preflight(locate(model))
 
 
-def load(checked: Checked, device: str, dtype):
-    """The pipeline, from safetensors only and nothing but local files. The VAE stays in fp32, as its authors run it."""
-    import torch
-    from diffusers import WanPipeline
+def load(checked: Checked, device: str, dtype, text: bool = True):
+    """The pipeline, from safetensors only and nothing but local files. The VAE stays in fp32, as its authors run it.
 
+    Weights go to the device tensor by tensor, so that several ranks do not hold a copy each in the host's memory.
+    text   whether to load the text encoder, the largest part after the transformer
+    """
+    import torch
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    local = {"use_safetensors": True, "local_files_only": True}
+    without = {} if text else {"text_encoder": None, "tokenizer": None}
     try:
         with quiet():
+            transformer = WanTransformer3DModel.from_pretrained(
+                checked.folder, subfolder="transformer", dtype=dtype, device_map={"": device}, **local
+            )
             pipe = WanPipeline.from_pretrained(
                 checked.folder,
+                transformer=transformer,
                 dtype={"default": dtype, "vae": torch.float32},
-                use_safetensors=True,
-                local_files_only=True,
+                **without,
+                **local,
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if "out of memory" in str(error) or "allocate memory" in str(error):
@@ -246,7 +306,9 @@ def pipe_clean(text: str) -> str:
     return prompt_clean(text)
 
 
-def denoise(pipe, request, prompt_embeds, negative_embeds, on_step=lambda step, latents: None):
+def denoise(
+    pipe, request, prompt_embeds, negative_embeds, on_step=lambda step, latents: None, quietly: bool = False
+):
     """The pipeline's own loop, noise from a CPU generator so that a seed means the same everywhere.
 
     on_step   called after every step with its number from 0 and the latents, which it must not change
@@ -255,7 +317,8 @@ def denoise(pipe, request, prompt_embeds, negative_embeds, on_step=lambda step, 
     import torch
     from tqdm import tqdm
 
-    with tqdm(total=request.steps, desc="denoise", unit="step", disable=None, file=sys.stderr) as bar:
+    disable = quietly or None  # None: where there is no terminal
+    with tqdm(total=request.steps, desc="denoise", unit="step", disable=disable, file=sys.stderr) as bar:
 
         def step_done(pipe, step, timestep, tensors):
             bar.update()

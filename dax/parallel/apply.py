@@ -10,15 +10,15 @@ from dax.parallel.ulysses import shared
 from dax.parallel.vae import apply_vae
 
 
-def apply_parallel(target, parallel, device: str, plain, edits, tick=None) -> list[tuple[str, str, str, int, int]]:
+def apply_parallel(target, parallel, device: str, plain, edits) -> list[tuple[str, str, str, int, int]]:
     """Share the work of `target` out over all ranks; collective. Returns (key, value, what, count, total) of each part.
 
     target     .pipe, .transformers, .facts, .blocks(), .attentions(cross)
     parallel   the plan's part, every key decided
-    plain      the backend whose operands are q, k, v themselves;  tick  called at every exchange that is started
+    plain      the backend whose operands are q, k, v themselves
     """
     topology = Topology(parallel.cfg, parallel.ulysses, parallel.rows)
-    mesh = meshes.build(topology, device, tick)
+    mesh = meshes.build(topology, device)
     changes = []
     for transformer in target.transformers:
         if topology.sequence > 1:

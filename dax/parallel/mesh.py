@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from dax.parallel import board
 from dax.parallel.topology import Topology
 from dax.parallel.wire import Wire
 
@@ -25,12 +26,13 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def build(topology: Topology, device: str, tick=None) -> Mesh:
+def build(topology: Topology, device: str) -> Mesh:
     """Make the groups. Collective: every rank calls it. The exchanges of NCCL get a stream of high priority.
 
     Without the priority a queued exchange waits until a whole GEMM has been scheduled, and hides behind nothing.
     """
-    high = None
+    high, mine = None, board.mine()
+    tick = mine.tick if mine else None
     if device == "cuda":
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         high = {"sequence": options}

@@ -114,6 +114,11 @@ class Layout:
         return self
 
 
+def too_narrow(columns: int, ranks: int) -> str | None:
+    """Why a clip of so many latent columns cannot be decoded in a strip per rank, or None if it can."""
+    return f"parallel.vae = split: {columns} latent columns on {ranks} ranks; none instead" if columns < ranks else None
+
+
 def topologies(num_ranks: int, heads: int, guided: bool = True) -> list[Topology]:
     """Every way to use exactly `num_ranks` ranks on a model of that many heads."""
     found = []

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dax.errors import DaxError
-from dax.parallel.topology import ranges, split_sizes
+from dax.parallel.topology import ranges, split_sizes, too_narrow
 from dax.parallel.wire import as_bytes, gather
 
 
@@ -79,11 +79,6 @@ def decode(strips: Strips, vae, inner, z: torch.Tensor, return_dict: bool = True
     finally:
         strips.widths = None
     return output if return_dict else (output.sample,)
-
-
-def too_narrow(columns: int, ranks: int) -> str | None:
-    """Why a clip of so many latent columns cannot be split, or None if it can."""
-    return f"parallel.vae = split: {columns} latent columns on {ranks} ranks; none instead" if columns < ranks else None
 
 
 def conv_forward(strips: Strips, conv, inner, x: torch.Tensor, *cache):

@@ -1,7 +1,9 @@
 """The stock pipeline on several ranks makes the clip one process makes, whatever the ranks divide."""
 
+import numpy
 import pytest
 
+from dax.generate.run import Job, generate
 from tests.parallel import tasks
 
 TOPOLOGIES = [
@@ -49,3 +51,32 @@ def test_cross_attention_needs_no_other_rank(ranks):
     for cross, own, forward in ranks(2).run(tasks.collectives):
         assert (cross, own) == (0, 4)  # q, k, v and the output
         assert forward == 2 * 4 + 1  # and the tokens, joined after the head
+
+
+def test_gpus_makes_the_clip_of_one_process(random_folder, tmp_path):
+    """The ranks of `--gpus 2`, from the prompt to the file: text, noise, loop, decoder."""
+    given = {"prompt": "a star", "height": 64, "width": 64, "num_frames": 9, "steps": 2}
+    clips, records = [], []
+    for gpus in (1, 2):
+        path = tmp_path / f"{gpus}.npz"
+        job = Job(given, str(path), str(random_folder), device="cpu", sets=("parallel.cfg=1",) * (gpus > 1), gpus=gpus)
+        records.append(generate(job))
+        clips.append(numpy.load(path)["frames"].astype(int))
+    apart = abs(clips[0] - clips[1])
+    assert apart.max() <= 1 and (apart > 0).mean() < 0.001
+    assert clips[0].std() > 1, "a blank clip would say nothing"
+    alone, together = records
+    assert (alone["ranks"], together["ranks"]) == (1, 2) and alone["computed"] == together["computed"]
+    assert together["plan"]["parallel"]["ulysses"] == 2
+
+
+@pytest.mark.parametrize("reuse", ("velocity", "residual"))
+@pytest.mark.parametrize("parallel", ({"cfg": 2}, {"cfg": 1, "ulysses": 2}), ids=str)
+def test_with_a_step_cache(ranks, parallel, reuse):
+    """The gate stands outside: every rank predicts the same steps, and both branches are there when it does."""
+    cache = {"policy": "mask", "mask": "1101", "reuse": reuse}
+    answers = ranks(2).run(tasks.cached, parallel, cache)
+    for difference, effect, _ in answers:
+        assert difference < 1e-5 < effect
+    for branch in ("cond", "uncond"):  # a rank that only receives a branch does not know that its residual was reused
+        assert min(computed[branch] for _, _, computed in answers) == 3
