@@ -9,17 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dax import attention
+    from dax import attention, quant
     from dax.errors import DaxError
     from dax.models.tiny import load_tiny
     from dax.optimize import optimize
     from dax.plan import Plan
 
 __version__ = "0.1.0"
-__all__ = ["DaxError", "Plan", "attention", "load_tiny", "optimize"]
+__all__ = ["DaxError", "Plan", "attention", "load_tiny", "optimize", "quant"]
 
 HOMES = {"DaxError": "dax.errors", "Plan": "dax.plan", "load_tiny": "dax.models.tiny"}
-MODULES = ("attention", "optimize")  # `dax.optimize` is a module that can be called, see there
+MODULES = ("attention", "optimize", "quant")  # `dax.optimize` is a module that can be called, see there
 
 
 def __getattr__(name: str):

@@ -18,6 +18,11 @@ class Edits:
 
     def __init__(self):
         self._undo: list[Callable[[], None]] = []
+        self.sealed: str | None = None  # why nothing can be taken back any more
+
+    def seal(self, reason: str) -> None:
+        """Say that from now on `undo()` must refuse, and why: something original is gone."""
+        self.sealed = reason
 
     def __len__(self) -> int:
         return len(self._undo)
@@ -61,7 +66,12 @@ class Edits:
         return self.set_attribute(root.get_submodule(parent), name, new)
 
     def undo(self) -> None:
-        """Take everything back, last change first. Twice is harmless. A failure is raised once all were tried."""
+        """Take everything back, last change first. Twice is harmless. A failure is raised once all were tried.
+
+        DaxError("bad_request"), with nothing taken back, once sealed.
+        """
+        if self.sealed:
+            raise DaxError("bad_request", f"undo: {self.sealed}")
         failure = None
         while self._undo:
             step = self._undo.pop()

@@ -58,6 +58,7 @@ class Facts:
     vae_temporal: int = 4
     vae_spatial: int = 8
     text_tokens: int = 512
+    full_precision: tuple[str, ...] = ("condition_embedder", "proj_out")  # linear layers that 8 bits leave alone
     family: str = "wan-t2v"
     pipeline_class: str = "WanPipeline"
     transformer_class: str = "WanTransformer3DModel"
@@ -98,6 +99,16 @@ class Facts:
         text = (self.text_dim * C + C) + (C * C + C)
         head = C * self.out_channels * cells + self.out_channels * cells + 2 * C
         return patches + time + text + head + self.num_layers * self.num_block_parameters
+
+    def linear_layers(self) -> list[str]:
+        """The names of all linear layers, as the vendor has them."""
+        embedders = ["time_embedder.linear_1", "time_embedder.linear_2", "time_proj"]
+        embedders += ["text_embedder.linear_1", "text_embedder.linear_2"]
+        names = [f"condition_embedder.{name}" for name in embedders]
+        projections = [f"attn{i}.{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")]
+        for layer in range(self.num_layers):
+            names += [f"blocks.{layer}.{name}" for name in (*projections, "ffn.net.0.proj", "ffn.net.2")]
+        return [*names, "proj_out"]
 
     def transformer_config(self) -> dict[str, Any]:
         """The keyword arguments of the vendor's transformer class that build this model."""

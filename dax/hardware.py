@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module, metadata, util
 
+from dax.errors import DaxError
+
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "triton", "av")
 KERNEL_PACKAGES = {  # module: distribution
     "flash_attn_interface": "flash_attn_3",
@@ -66,11 +68,31 @@ MACHINES = {
 }
 
 
+def no_kernels(machine: Machine, min_sm: int = 80) -> str | None:
+    """Why DAX's own GPU kernels do not run there, or None. On a CPU their references do."""
+    if machine.device != "cuda":
+        return None
+    if machine.sm is not None and machine.sm < min_sm:
+        return f"needs compute capability {min_sm / 10} or newer, {machine.name} has {machine.sm / 10}"
+    if not machine.is_data_sheet and "triton" not in machine.packages:
+        return "package triton is not installed: pip install triton"
+    return None
+
+
 @cache
 def machine(device: str | None = None) -> Machine:
-    """This machine, seen from "cuda" or "cpu" (default: the first GPU, or the CPU without one). Imports torch."""
+    """This machine, seen from "cuda" or "cpu" (default: the first GPU, or the CPU without one). Imports torch.
+
+    DaxError("bad_request") for another word, "unsupported" for "cuda" where there is no GPU.
+    """
     import torch
 
+    if device not in (None, "cuda", "cpu"):
+        raise DaxError("bad_request", f"unknown device {device!r}; known: cuda, cpu")
+    if device == "cuda" and torch.cuda.device_count() == 0:
+        raise DaxError(
+            "unsupported", "device cuda: torch sees no GPU here (dax doctor tells more); leave it out for cpu"
+        )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     here = {

@@ -7,37 +7,65 @@ that comes back describes the changes and takes them back.
 The module itself can be called: `dax.optimize(pipe)` and `from dax.optimize import resolve` mean one name.
 """
 
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from weakref import WeakSet
 
 from dax import attention
+from dax.cache.artifact import Artifact
+from dax.cache.policy import maker, resolve_cache
 from dax.edits import Edits
 from dax.errors import DaxError
 from dax.facts import Facts
-from dax.hardware import Machine, machine
-from dax.plan import DEFAULT_PRESET, Plan, plan_layer
+from dax.hardware import Machine, machine, no_kernels
+from dax.parallel import planner
+from dax.parallel.planner import ALONE, Ranks
+from dax.plan import DEFAULT_PRESET, Linear, Plan, plan_layer
+from dax.quant.scales import Scales
+from dax.quant.scheme import reason as scheme_reason
 
+EIGHT_BIT = ("int8",)  # kernels whose operands can travel in 8 bits
 OPTIMIZED = WeakSet()  # transformers that carry an engine now
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A plan of definite choices. `notes` say what each `auto` became, `fallbacks` what could not be had."""
+    """A plan of definite choices. `notes` say what each `auto` became, `fallbacks` what could not be had.
+
+    `scales` is the content of the plan's linear.scales, whose place the digest takes in the plan.
+    """
 
     plan: Plan
     notes: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    scales: Scales | None = None
+    calibration: Artifact | None = None  # of the step cache
 
 
-def resolve(plan: Plan, facts: Facts, machine: Machine, strict: bool = False, dtype: str = "bfloat16") -> Resolved:
+def resolve(
+    plan: Plan,
+    facts: Facts,
+    machine: Machine,
+    strict: bool = False,
+    dtype: str = "bfloat16",
+    checkpoint: str | None = None,
+    ranks: Ranks = ALONE,
+) -> Resolved:
     """The plan with every `auto` decided for that model on that machine. Pure: no torch, no weights.
 
-    dtype is the transformer's. What does not run there falls back to something exact and is named; with `strict` it is
-    DaxError("unsupported") instead.
+    dtype and checkpoint (its digest, see dax.cache.checkpoint) are the transformer's; ranks says how many share the
+    work, and what is known of it. What does not run there falls back to something exact and is named; with `strict` it
+    is DaxError("unsupported") instead. 8 bits that do not run there are an error always.
     """
     notes, fallbacks, kernel, compiled = [], [], plan.attention.kernel, plan.compile
+    linear, scales = resolve_linear(plan.linear, machine)
+    fused = plan.blocks.fused
+    if fused and (problem := no_kernels(machine)):
+        fallbacks.append(f"blocks.fused = true: {problem}; false instead")
+        fused = False
     best = attention.choose(machine, dtype, facts.head_dim)
     if kernel == "auto":
         kernel = best
@@ -48,12 +76,51 @@ def resolve(plan: Plan, facts: Facts, machine: Machine, strict: bool = False, dt
     if compiled == "blocks" and machine.packages is not None and machine.compiler is None:
         fallbacks.append("compile = blocks: no C++ compiler found (install g++ or set CXX); none instead")
         compiled = "none"
+    parallel, said = planner.resolve_parallel(
+        plan.parallel,
+        facts,
+        machine,
+        ranks,
+        travels=kernel in EIGHT_BIT,
+        attention="bf16" if attention.KERNELS[kernel].exact else "8bit",
+        linear="8bit" if linear.active else "bf16",
+        joint=plan.cache.policy == "none" or (plan.cache.uncond_every == 1 and plan.cache.drop_uncond == 0),
+    )
+    notes += said
+    resolved = plan.model_copy(
+        update={
+            "attention": plan.attention.model_copy(update={"kernel": kernel}),
+            "linear": linear,
+            "blocks": plan.blocks.model_copy(update={"fused": fused}),
+            "parallel": parallel,
+            "compile": compiled,
+        }
+    )
+    cached, calibration, more, fell = resolve_cache(plan.cache, facts.name, checkpoint, kernels_of(resolved))
+    notes, fallbacks = notes + more, fallbacks + fell
     if strict and fallbacks:
         raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
-    resolved = plan.model_copy(
-        update={"attention": plan.attention.model_copy(update={"kernel": kernel}), "compile": compiled}
-    )
-    return Resolved(resolved, tuple(notes), tuple(fallbacks))
+    return Resolved(resolved.model_copy(update={"cache": cached}), tuple(notes), tuple(fallbacks), scales, calibration)
+
+
+def resolve_linear(linear: Linear, machine: Machine) -> tuple[Linear, Scales | None]:
+    """The part with the digest of its scales for their path, and the scales. DaxError for what cannot be."""
+    for scheme in linear.schemes:
+        if problem := scheme_reason(scheme, machine):
+            raise DaxError("unsupported", f"linear.scheme = {scheme}: {problem}")
+    if not linear.active or linear.activation != "static":
+        return linear, None
+    if linear.scales == "none":
+        raise DaxError("bad_request", "linear.activation = static needs linear.scales = FILE: see dax.quant.calibrate")
+    scales = Scales.load(linear.scales)
+    return linear.model_copy(update={"scales": f"sha256:{scales.digest}"}), scales
+
+
+def kernels_of(plan: Plan) -> str:
+    """The arithmetic of a resolved plan that is not exact, as a step plan is calibrated on it: "exact" for none."""
+    kernel = plan.attention.kernel
+    lossy = [] if attention.KERNELS[kernel].exact else [f"{kernel} attention"]
+    return ", ".join([*lossy, *(f"{scheme} linears" for scheme in plan.linear.schemes)]) or "exact"
 
 
 def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **overrides) -> "Engine":
@@ -67,7 +134,7 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     """
     layers = [("plan", plan.leaves()) if isinstance(plan, Plan) else plan_layer(plan), ("optimize()", overrides)]
     wanted, _ = Plan.from_layers(layers)
-    from dax.models import wan
+    from dax.models import wan, wan_block
 
     target = wan.target_of(pipe)
     if any(transformer in OPTIMIZED for transformer in target.transformers):
@@ -76,24 +143,48 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     transformer = target.transformers[0]
     here = machine(device_of(transformer))
     dtype = str(transformer.dtype).removeprefix("torch.")
-    resolved = resolve(wanted, target.facts, here, strict, dtype)
+    checkpoint = None if wanted.cache.policy == "none" else checkpoint_of(transformer)
+    ranks = ranks_here(guided=target.pipe is not None)
+    resolved = resolve(wanted, target.facts, here, strict, dtype, checkpoint, ranks)
+    if resolved.plan.blocks.fused:
+        resolved = without_fused_blocks(resolved, wan_block.difference(), strict)
 
     edits = Edits()
     try:
-        changes = apply(resolved.plan, target, here, dtype, edits)
-    except BaseException:
-        edits.undo()
+        changes = apply(resolved, target, here, dtype, edits)
+        gate = gate_of(resolved, target, checkpoint, edits)
+    except BaseException as error:
+        if edits.sealed:
+            error.add_note(f"the model is left half changed: {edits.sealed}")
+        else:
+            edits.undo()
         raise
     OPTIMIZED.update(target.transformers)
-    return Engine(target, resolved, changes, edits)
+    if gate is not None:
+        changes.append(Change("cache.policy", resolved.plan.cache.policy, "transformers", 1, 1))
+    return Engine(target, resolved, changes, edits, gate)
 
 
-def apply(plan: Plan, target, machine: Machine, dtype: str, edits: Edits) -> "list[Change]":
+def without_fused_blocks(resolved: Resolved, problem: str | None, strict: bool) -> Resolved:
+    """The vendor's own blocks, by name, where DAX's would compute something else; the same plan where there is none."""
+    if problem is None:
+        return resolved
+    if strict:
+        raise DaxError("unsupported", f"--strict: blocks.fused = true: {problem}")
+    plan = resolved.plan.model_copy(update={"blocks": resolved.plan.blocks.model_copy(update={"fused": False})})
+    return replace(
+        resolved, plan=plan, fallbacks=(*resolved.fallbacks, f"blocks.fused = true: {problem}; false instead")
+    )
+
+
+def apply(resolved: Resolved, target, machine: Machine, dtype: str, edits: Edits) -> "list[Change]":
     """Change the model as a resolved plan says, in this order; every change is in `edits`, counted and checked."""
     from dax.compile import apply_compile
     from dax.models.text_memory import remember_text
     from dax.models.wan import WanProcessor
+    from dax.models.wan_block import apply_blocks
 
+    plan = resolved.plan
     total, kernel = len(target.blocks()), plan.attention.kernel
     kernel_for_cross = attention.kernel_for_cross(kernel, machine, dtype, target.facts.head_dim)
     changes, memory = [], remember_text(target, edits)
@@ -102,11 +193,59 @@ def apply(plan: Plan, target, machine: Machine, dtype: str, edits: Edits) -> "li
         processor = WanProcessor(attention.backend_of(name), memory)
         count = attention.apply_attention(layers, processor, edits)
         changes.append(Change("attention.kernel", name, f"{kind}-attention layers", count, total))
+    if plan.linear.active:
+        from dax.quant import apply_linear
+
+        counts = apply_linear(target, target.facts, plan.linear, edits, resolved.scales)
+        changes += [Change("linear.scheme", scheme, "linear layers", count, count) for scheme, count in counts.items()]
+    if plan.blocks.fused:
+        changes.append(Change("blocks.fused", "true", "transformer blocks", apply_blocks(target, edits), total))
+    if num_ranks() > 1:
+        from dax.parallel.apply import apply_parallel
+
+        plain = attention.backend_of("sdpa")
+
+        changes += [Change(*change) for change in apply_parallel(target, plan.parallel, machine.device, plain, edits)]
     if plan.compile == "blocks":
-        changes.append(Change("compile", "blocks", "transformer blocks", apply_compile(target.blocks(), edits), total))
+        count = apply_compile(target.blocks(), edits, overlap=plan.parallel.overlap != 0)
+        changes.append(Change("compile", "blocks", "transformer blocks", count, total))
     for change in changes:
         change.check()
     return changes
+
+
+def checkpoint_of(transformer) -> str:
+    from dax.models.wan_steps import checkpoint_digest
+
+    return checkpoint_digest(transformer)
+
+
+def gate_of(resolved: Resolved, target, checkpoint: str | None, edits: Edits):
+    """The step cache's gate before the transformer, outside everything else; None if the plan has no cache."""
+    plan = resolved.plan
+    if plan.cache.policy == "none":
+        return None
+    from dax.cache.gate import apply_cache
+    from dax.models.wan_steps import time_embeddings
+
+    (transformer,) = target.transformers
+    make = maker(plan.cache, resolved.calibration, target.facts.name, partial(time_embeddings, transformer))
+    residual = plan.cache.reuse == "residual"
+    return apply_cache(
+        transformer, target.pipe, make, edits, residual=residual, checkpoint=checkpoint, kernels=kernels_of(plan)
+    )
+
+
+def ranks_here(guided: bool) -> Ranks:
+    """The ranks of the process group that is up."""
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
+    return Ranks(num_ranks(), node, guided)
+
+
+def num_ranks() -> int:
+    """1 unless a process group is up; asks torch.distributed only if something has imported it."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed.get_world_size() if distributed and distributed.is_initialized() else 1
 
 
 def device_of(transformer) -> str:
@@ -143,12 +282,13 @@ class Engine:
     A context manager: leaving the block undoes.
     """
 
-    def __init__(self, target, resolved: Resolved, changes: list[Change], edits: Edits):
+    def __init__(self, target, resolved: Resolved, changes: list[Change], edits: Edits, gate=None):
         self.plan = resolved.plan
         self.notes = resolved.notes
         self.fallbacks = resolved.fallbacks
         self.changes = tuple(changes)
         self.facts = target.facts
+        self.gate = gate  # of the step cache, or None; gate.last is the Report of the last run
         self._target = target
         self._edits = edits
 
@@ -161,6 +301,12 @@ class Engine:
         """Every change with its count, then notes and fallbacks; one line each."""
         lines = [f"plan {self.plan.hash()[:8]} on {self.facts.name}" + ("" if self.active else " (undone)")]
         lines += [f"  {change}" for change in self.changes]
+        if self.active and self.plan.blocks.fused:
+            from dax.models.wan_block import fused_segments
+
+            total = len(self._target.blocks())
+            counts = fused_segments(self._target).items()
+            lines.append("  fused now: " + ", ".join(f"{name} in {count} of {total} blocks" for name, count in counts))
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  fallback: {fallback}" for fallback in self.fallbacks]
         return "\n".join(lines)

@@ -8,17 +8,17 @@ A key of the contract whose feature is not built yet is refused by name, so that
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dax.errors import DaxError, nearest
 from dax.plan_file import parse_scalar, read_yaml
 
 DEFAULT_PRESET = "exact"
 PLANS = Path(__file__).parent / "plans"
-NOT_YET_PRESETS = ("balanced", "fast", "original")
-NOT_YET_KEYS = ("linear", "blocks", "cache", "parallel", "offload")  # the whole part; its sub-keys too
+NOT_YET_PRESETS = ()
+NOT_YET_KEYS = ("offload",)  # the whole part; its sub-keys too
 NOT_YET_VALUES = (("attention.kernel", "int8"),)
 
 
@@ -38,10 +38,85 @@ class Attention(Part):
     kernel: Literal["auto", "sdpa", "cudnn", "flash", "sage"] = "auto"
 
 
+class Linear(Part):
+    """`rules` {layer or pattern: scheme or none} over the scheme; `scales` is a file of static scales, or none."""
+
+    scheme: Literal["none", "int8", "fp8", "fp8_e5m2", "int8_weight_only"] = "none"
+    granularity: Literal["token-channel", "tensor-channel", "tensor"] = "token-channel"
+    activation: Literal["dynamic", "static"] = "dynamic"
+    scales: str = "none"
+    rules: dict[str, str] = {}
+    keep_original: Literal["cpu", "none"] = "cpu"
+
+    @property
+    def active(self) -> bool:
+        """Whether any layer is to be quantised."""
+        return any(scheme != "none" for scheme in (self.scheme, *self.rules.values()))
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The schemes named, each once."""
+        return tuple(dict.fromkeys(s for s in (self.scheme, *self.rules.values()) if s != "none"))
+
+
+class Blocks(Part):
+    fused: bool = True
+
+
+class Cache(Part):
+    """Which steps are predicted. `auto` is what the policy's authors publish, or what was calibrated for the model."""
+
+    policy: Literal["none", "teacache", "magcache", "calibrated", "mask"] = "none"
+    reuse: Literal["velocity", "residual"] = "velocity"  # what a skipped step reuses; residual: as first published
+    threshold: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"  # teacache, magcache
+    ret_steps: bool = True  # teacache: the form that retains the first steps
+    retention: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"  # magcache
+    max_skips: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # magcache's K
+    mask: str = ""  # mask: 1 computed, 0 predicted, one letter a step
+    file: str = "auto"  # of dax calibrate; auto: the one that ships for this checkpoint
+    budget: Annotated[float, Field(gt=0, le=1)] = 0.4  # calibrated: share of the forwards to compute at most
+    min_psnr: Annotated[float, Field(ge=0)] = 0.0  # calibrated: instead, the latent fidelity in dB to hold; 0: budget
+    uncond_every: Annotated[int, Field(ge=1)] = 1  # uncond is computed in every n-th computed step only
+    drop_uncond: Annotated[int, Field(ge=0)] = 0  # no guidance in the last n steps
+
+    @field_validator("mask", mode="before")
+    @classmethod
+    def digits(cls, value):
+        """--set cache.mask=1101 reads as a number; its digits are meant."""
+        return str(value) if type(value) is int else value
+
+    @model_validator(mode="after")
+    def consistent(self):
+        if (self.policy == "mask") != bool(self.mask):
+            raise ValueError("cache.policy = mask and cache.mask belong together")
+        if self.reuse == "residual" and self.policy == "calibrated":
+            raise ValueError("a calibrated plan predicts velocities: cache.reuse = residual is for the other policies")
+        return self
+
+
+Auto = Literal["auto"]
+Degree = Auto | Annotated[int, Field(ge=1)]
+
+
+class Parallel(Part):
+    """How ranks share the work. `auto` is the planner's choice; on one rank there is nothing to share."""
+
+    cfg: Auto | Annotated[int, Field(ge=1, le=2)] = "auto"  # guidance branches at a time
+    ulysses: Degree = "auto"  # head groups
+    rows: Degree = "auto"  # query groups
+    overlap: Auto | Annotated[int, Field(ge=0, le=64)] = "auto"  # head chunks that hide the exchange; 0: hide nothing
+    wire: Literal["auto", "plain", "8bit"] = "auto"  # q, k, v as they are, or as 8-bit attention takes them
+    vae: Literal["auto", "split", "none"] = "auto"  # decoded by all ranks, a strip each, or by every rank alone
+
+
 class Plan(Part):
     """How a model is to be run. Frozen and hashable; `Plan()` is the preset `exact`."""
 
     attention: Attention = Attention()
+    linear: Linear = Linear()
+    blocks: Blocks = Blocks()
+    cache: Cache = Cache()
+    parallel: Parallel = Parallel()
     compile: Literal["none", "blocks"] = "none"
 
     @classmethod
@@ -60,15 +135,18 @@ class Plan(Part):
         """
         leaves: dict[str, Any] = {}
         provenance = dict.fromkeys(plan_keys(), "default")
+        order = ["default"]
         for source, values in layers:
             given = flatten(values, source)
             check_keys(given, source)
+            order.append(source)
             for key, value in given.items():
                 if key in leaves and provenance[key] == source and leaves[key] != value:
                     raise DaxError(
                         "bad_request", f"{source} sets {key} to both {leaves[key]!r} and {value!r}: keep one of them"
                     )
                 leaves[key], provenance[key] = value, source
+        settle(leaves, provenance, order)
         nested: dict[str, Any] = {}
         for key, value in leaves.items():
             check_value(key, value, provenance[key])
@@ -84,7 +162,8 @@ class Plan(Part):
             path = ".".join(map(str, first["loc"]))
             key = next((leaf for leaf in provenance if path == leaf or path.startswith(f"{leaf}.")), path)
             where = provenance.get(key, "plan")
-            said = first["msg"].removeprefix("Value error, ")
+            same = [e for e in error.errors() if ".".join(map(str, e["loc"])).startswith(key)]  # one per kind of value
+            said = " or ".join(dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in same))
             raise DaxError("bad_request", f"{where}: {key} = {first['input']!r}: {said}") from None
 
     def to_yaml(self) -> str:
@@ -108,6 +187,32 @@ class Plan(Part):
         for name in key.split("."):
             value = getattr(value, name)
         return value
+
+
+def settle(leaves: dict[str, Any], provenance: dict[str, str], order: list[str]) -> None:
+    """A fused block is not compiled: of the two, the one a higher layer asked for wins; one layer cannot ask for both.
+
+    Static activations have one scale, so they are never per token.
+    """
+    fused, compiled = leaves.get("blocks.fused", Blocks().fused), leaves.get("compile", "none")
+    if fused is True and compiled == "blocks":
+        by_fused, by_compile = provenance["blocks.fused"], provenance["compile"]
+        if by_fused == by_compile:
+            raise DaxError(
+                "bad_request",
+                f"{by_compile}: compile = blocks and blocks.fused = true: a fused block is not compiled; keep one",
+            )
+        if order.index(by_compile) > order.index(by_fused):
+            leaves["blocks.fused"], provenance["blocks.fused"] = False, by_compile
+        else:
+            leaves["compile"], provenance["compile"] = "none", by_fused
+    granularity = leaves.get("linear.granularity", Linear().granularity)
+    if leaves.get("linear.activation") == "static" and granularity == "token-channel":
+        raise DaxError(
+            "bad_request",
+            f"{provenance['linear.activation']}: linear.activation = static: one scale measured before cannot be per "
+            "token; set linear.granularity = tensor-channel or tensor",
+        )
 
 
 def presets() -> tuple[str, ...]:
@@ -139,7 +244,9 @@ def plan_layer(name_or_path: "str | Path") -> tuple[str, dict]:
     if isinstance(name_or_path, str) and "/" not in name and not name.endswith((".yaml", ".yml")):
         if not Path(name).exists():
             raise DaxError("bad_request", f"unknown plan {name!r}{nearest(name, presets())}")
-    return f"file {name}", read_yaml(Path(name))
+    values = read_yaml(Path(name))
+    values.pop("measured", None)  # of a tuned plan: what dax/provenance.py reads, no part of the plan
+    return f"file {name}", values
 
 
 def parse_set(text: str) -> dict[str, Any]:
@@ -158,7 +265,10 @@ def flatten(values: Any, source: str, prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         key = f"{prefix}{name}"
         is_part = isinstance(value, dict) and not is_mapping(key)
-        inner = flatten(value, source, f"{key}.") if is_part else {key: value}
+        if key == "parallel" and value == "auto":  # the one group that has a word for all of its keys
+            inner = {leaf: "auto" for leaf in plan_keys() if leaf.startswith("parallel.")}
+        else:
+            inner = flatten(value, source, f"{key}.") if is_part else {key: value}
         for leaf, leaf_value in inner.items():
             if leaf in leaves and leaves[leaf] != leaf_value:
                 raise DaxError(

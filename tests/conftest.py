@@ -5,6 +5,7 @@ diffusers' layout (read only: copy it before you break it). Nothing is downloade
 """
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -94,6 +95,12 @@ def random_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random_wan")
     build_random_pipe().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def folder(random_folder, tmp_path):
+    """The random pipeline's folder, a copy to break."""
+    return shutil.copytree(random_folder, tmp_path / "model")
 
 
 @pytest.fixture(autouse=True, scope="session")

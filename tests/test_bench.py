@@ -97,7 +97,7 @@ def test_a_planted_fault_ends_the_bench_before_any_timing(model, fault, monkeypa
     stock = rivals.arrange
     monkeypatch.setitem(rivals.RIVALS, "faulty", rivals.Row("faulty", "x", limit=rivals.EIGHT_BITS))
 
-    def arrange(model, row, device):
+    def arrange(model, row, device, alone=False):
         arranged, reason = stock(model, row, device)
         if row.name == "faulty":
             fault(arranged)
@@ -161,7 +161,7 @@ def test_dax_under_a_plan_is_a_row_like_any_other(tmp_path):
     file.write_text("attention:\n  kernel: sdpa\n")
     result = contest.bench("block", "tiny", rows="eager", plans=["exact", str(file)], log=lambda text: None, **QUICK)
     assert [row["row"] for row in result["rows"]] == ["eager", "dax exact", f"dax {file}"]
-    assert all(row["error"] <= 0.01 for row in result["rows"])
+    assert all(row["error"] <= 0.02 for row in result["rows"])
 
 
 def test_a_plan_that_cannot_run_here_is_refused_not_replaced(tmp_path):

@@ -1,6 +1,7 @@
 """The ledger as it stands, and every way a row of it can be wrong."""
 
 import json
+import re
 
 import pytest
 
@@ -31,6 +32,18 @@ def write(tmp_path, entries):
 
 def test_the_ledger_in_the_repository_is_sound():
     assert isinstance(claims.read(), list)
+
+
+def test_the_readme_states_only_what_the_ledger_holds():
+    readme = (claims.ledger().parents[1] / "README.md").read_text()
+    measured = readme.split("## Measured")[1].split("\n## ")[0]
+    cells = [line.rstrip("|").rpartition("|")[2] for line in measured.splitlines() if line.startswith("| ")]
+    stated = re.findall(r"\d+(?:\.\d+)?", " ".join(cells))
+    known = [entry["value"] for entry in claims.read()]
+    assert len(stated) >= 5
+    for figure in stated:
+        digits = len(figure.partition(".")[2])
+        assert float(figure) in [round(value, digits) for value in known], figure
 
 
 def test_the_contract_fixes_35_ids():

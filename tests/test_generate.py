@@ -145,3 +145,58 @@ def test_the_embedded_model_on_a_gpu(tmp_path):
     )
     clip = np.load(tmp_path / "c.npz")["frames"]
     assert clip.shape == (17, 128, 128, 3) and clip.std() > 10 and "NVIDIA" in record["device"]
+
+
+def test_from_an_earlier_clip_gives_the_same_clip_again(tmp_path):
+    first = generate(
+        Job({**SMALL, "seed": 3, "flow_shift": 5.0}, str(tmp_path / "a.mp4"), sets=("attention.kernel=sdpa",))
+    )
+    again = generate(Job({}, str(tmp_path / "b.mp4"), from_clip=str(tmp_path / "a.mp4")))
+    same = [key for key in first if key not in ("path", "seconds", "peak_memory_gib")]
+    assert {key: again[key] for key in same} == {key: first[key] for key in same}
+    other = generate(
+        Job({"seed": 4, "prompt": None}, str(tmp_path / "c.npz"), from_clip=str(tmp_path / "a.mp4"), plan="exact")
+    )
+    assert (other["seed"], other["prompt"], other["flow_shift"]) == (4, SMALL["prompt"], 5.0)
+
+
+def test_from_on_the_command_line(tmp_path, capsys):
+    from dax.cli.generate import command
+
+    command(**SMALL, output=str(tmp_path / "a.png"), negative_prompt="blue")
+    command(None, from_clip=str(tmp_path / "a.png"), output=str(tmp_path / "b.png"), as_json=True)
+    said = capsys.readouterr()
+    record = json.loads(said.out.splitlines()[1])
+    assert record == video.read_record(tmp_path / "b.png") | {"seconds": record["seconds"]}
+    assert (record["prompt"], record["negative_prompt"]) == (SMALL["prompt"], "blue")
+    assert said.err.count("no --model") == 1
+
+
+def test_settings_of_a_clip_are_checked_like_any_other(tmp_path):
+    frames = np.zeros((1, 16, 16, 3), np.uint8)
+    for record, code, says in (
+        ({**SMALL, "height": 33}, 2, "height 33"),
+        ({**SMALL, "model": ["os", "system"]}, 2, "names no model"),
+        ({**SMALL, "plan": {"teleport": True}}, 2, "clip .*teleport"),
+        ({**SMALL, "model": "/no/such/folder"}, 3, "no such folder"),
+        ({}, 2, "no prompt"),
+    ):
+        video.write(tmp_path / "old.npz", frames, 8, record, overwrite=True)
+        with pytest.raises(DaxError, match=says) as caught:
+            generate(Job({}, str(tmp_path / "new.npz"), from_clip=str(tmp_path / "old.npz")))
+        assert caught.value.exit_code == code and os.listdir(tmp_path) == ["old.npz"]
+
+
+def test_another_model_under_the_same_name_is_named(tmp_path):
+    generate(Job(SMALL, str(tmp_path / "a.npz")))
+    record = video.read_record(tmp_path / "a.npz")
+    saved = np.load(tmp_path / "a.npz")["frames"]
+    video.write(tmp_path / "b.npz", saved, 8, {**record, "model_digest": "0" * 64})
+    again = generate(Job({}, str(tmp_path / "c.npz"), from_clip=str(tmp_path / "b.npz")))
+    assert any("its digest differs" in warning for warning in again["warnings"])
+
+
+def test_a_local_folder_of_another_model(random_folder, tmp_path):
+    record = generate(Job(SMALL, str(tmp_path / "a.npz"), model=str(random_folder), verify=True))
+    assert record["model"] == str(random_folder)
+    assert record["warnings"] == ["--verify: 10 of 10 files have no recorded digest"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dax import hardware
+from dax.errors import DaxError
 from dax.hardware import MACHINES, card_key, machine
 
 
@@ -17,6 +18,14 @@ def test_this_cpu():
     assert here.cores == len(os.sched_getaffinity(0)) and here.memory_gib > 0.5
     assert here.packages["torch"] == torch.__version__.split("+")[0] or here.packages["torch"] == torch.__version__
     assert machine("cpu") is here, "asked once"
+
+
+def test_a_device_that_is_not_here_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for device, code, says in (("tpu", 2, "known: cuda, cpu"), ("cuda:1", 2, "known"), ("cuda", 4, "sees no GPU")):
+        with pytest.raises(DaxError, match=says) as caught:
+            machine.__wrapped__(device)
+        assert caught.value.exit_code == code
 
 
 def test_data_sheets_are_plausible():

@@ -11,7 +11,7 @@ import dax
 
 PACKAGE = Path(dax.__file__).parent
 LAYERS = {
-    **dict.fromkeys(("plan", "plan_file", "facts", "edits", "hardware", "errors"), 0),
+    **dict.fromkeys(("plan", "plan_file", "provenance", "facts", "edits", "hardware", "errors"), 0),
     "kernels": 1,
     **dict.fromkeys(("attention", "quant", "cache", "parallel", "compile", "offload"), 2),
     "models": 3,

@@ -14,9 +14,9 @@ from dax.facts import FACTS
 from dax.hardware import MACHINES, Machine
 from dax.models import wan
 from dax.optimize import OPTIMIZED, resolve
-from dax.plan import Plan
+from dax.plan import Blocks, Plan
 
-H200 = replace(MACHINES["h200"], packages={}, compiler="g++")
+H200 = replace(MACHINES["h200"], packages={"triton": "3.6.0"}, compiler="g++")
 TINY = FACTS["tiny"]
 EXACT_SDPA = Plan.from_layers([("test", {"attention.kernel": "sdpa"})])[0]
 
@@ -186,7 +186,7 @@ def test_a_failure_half_way_changes_nothing(random_pipe, monkeypatch, compiler):
 
 def test_counts_are_checked(random_pipe, monkeypatch):
     before = anatomy(random_pipe.transformer)
-    monkeypatch.setattr("dax.compile.apply_compile", lambda blocks, edits: 1)
+    monkeypatch.setattr("dax.compile.apply_compile", lambda blocks, edits, overlap: 1)
     monkeypatch.setattr("dax.optimize.machine", lambda device: Machine("cpu", "CPU", packages={}, compiler="g++"))
     with pytest.raises(DaxError, match="plan compile = blocks: 1 of 2 transformer blocks matched"):
         dax.optimize(random_pipe, compile="blocks")
@@ -255,7 +255,8 @@ def test_bad_overrides_are_refused_before_anything_changes(random_pipe, override
 def test_overrides_win_over_the_plan(random_pipe, tmp_path, compiler):
     (tmp_path / "plan.yaml").write_text("attention:\n  kernel: sdpa\ncompile: none\n")
     with dax.optimize(random_pipe, str(tmp_path / "plan.yaml"), compile="blocks") as engine:
-        assert engine.plan == EXACT_SDPA.model_copy(update={"compile": "blocks"})
+        assert (engine.plan.attention, engine.plan.compile) == (EXACT_SDPA.attention, "blocks")
+        assert engine.plan.blocks == Blocks(fused=False)
 
 
 def test_a_bare_transformer(random_pipe):
@@ -300,16 +301,16 @@ def test_resolve_decides_every_auto_and_is_pure():
     assert resolve(Plan(), TINY, H200, dtype="float32").plan.attention.kernel == "sdpa"
 
 
+@pytest.mark.fault(54)
 def test_resolve_falls_back_by_name():
     plan = Plan.from_layers([("test", {"attention.kernel": "flash", "compile": "blocks"})])[0]
     resolved = resolve(plan, TINY, replace(H200, compiler=None))
-    assert resolved.plan.leaves() == {"attention.kernel": "cudnn", "compile": "none"}
+    assert resolved.plan.leaves().items() >= {"attention.kernel": "cudnn", "compile": "none"}.items()
     assert [text.split(":")[0] for text in resolved.fallbacks] == ["attention.kernel = flash", "compile = blocks"]
     with pytest.raises(DaxError, match="attention.kernel = flash.*; compile = blocks"):
         resolve(plan, TINY, replace(H200, compiler=None), strict=True)
-    assert resolve(plan, TINY, MACHINES["h200"], strict=True).plan == plan, (
-        "a data sheet is taken to have what it needs"
-    )
+    on_paper = resolve(plan, TINY, MACHINES["h200"], strict=True).plan  # a data sheet is taken to have what it needs
+    assert on_paper.leaves().items() >= {"attention.kernel": "flash", "compile": "blocks"}.items()
 
 
 def test_an_engine_keeps_no_model_alive(random_pipe):

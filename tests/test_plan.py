@@ -31,7 +31,8 @@ def plan_file(tmp_path):
 
 def test_the_default_is_exact():
     assert Plan() == Plan.load(DEFAULT_PRESET) and DEFAULT_PRESET in presets()
-    assert Plan().leaves() == {"attention.kernel": "auto", "compile": "none"}
+    assert Plan().leaves().items() >= {"attention.kernel": "auto", "compile": "none", "cache.policy": "none"}.items()
+    assert Plan().blocks.fused and not Plan().linear.active
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -59,8 +60,31 @@ def test_later_layers_win_and_every_leaf_knows_its_source(plan_file):
     plan, sources = Plan.from_layers(
         [plan_layer("exact"), plan_layer(path), ("--set compile=none", parse_set("compile=none"))]
     )
-    assert plan.leaves() == {"attention.kernel": "sdpa", "compile": "none"}
-    assert sources == {"attention.kernel": f"file {path}", "compile": "--set compile=none"}
+    assert plan.leaves().items() >= {"attention.kernel": "sdpa", "compile": "none"}.items()
+    assert sources.items() >= {"attention.kernel": f"file {path}", "compile": "--set compile=none"}.items()
+
+
+def test_fused_blocks_and_compile_exclude_each_other(plan_file):
+    path = plan_file("compile: blocks\nblocks:\n  fused: true\n")
+    with pytest.raises(DaxError, match="compile = blocks and blocks.fused = true"):
+        Plan.from_layers([plan_layer(path)])
+    higher, sources = Plan.from_layers([plan_layer("exact"), ("--set", {"compile": "blocks"})])
+    assert (higher.compile, higher.blocks.fused, sources["blocks.fused"]) == ("blocks", False, "--set")
+    lower, _ = Plan.from_layers([("file", {"compile": "blocks"}), ("--set", {"blocks.fused": True})])
+    assert (lower.compile, lower.blocks.fused) == ("none", True)
+
+
+def test_static_scales_are_never_per_token():
+    static = {"linear.activation": "static", "linear.scheme": "int8"}
+    with pytest.raises(DaxError, match="linear.activation = static: one scale"):
+        Plan.from_layers([("file", static)])
+    assert Plan.from_layers([("file", static | {"linear.granularity": "tensor"})])[0].linear.activation == "static"
+
+
+def test_rules_are_a_mapping_of_words(plan_file):
+    plan = Plan.load(plan_file("linear:\n  scheme: int8\n  rules:\n    blocks.0: none\n    blocks.1.ffn: fp8\n"))
+    assert plan.linear.rules == {"blocks.0": "none", "blocks.1.ffn": "fp8"}
+    assert plan.linear.schemes == ("int8", "fp8") and plan.linear.active
 
 
 def test_dotted_and_nested_keys_are_equal():
@@ -194,3 +218,13 @@ def test_save_names_what_it_cannot_write(tmp_path):
     with pytest.raises(DaxError, match="No such file") as caught:
         Plan().save(tmp_path / "missing" / "plan.yaml")
     assert caught.value.exit_code == 6
+
+
+def test_the_parallel_part_takes_one_word_or_numbers():
+    layers = [("file a", {"parallel": {"cfg": 2, "ulysses": 4}}), ("--set", {"parallel": "auto"})]
+    plan, sources = Plan.from_layers(layers)
+    assert plan.parallel == Plan().parallel and sources["parallel.cfg"] == "--set"
+    wrong = {"cfg": 3, "ulysses": 0, "rows": 1.5, "overlap": "x", "wire": "9bit", "vae": True}
+    for key, value in wrong.items():
+        with pytest.raises(DaxError, match=f"--set: parallel.{key} = {value!r}"):
+            Plan.from_layers([("--set", {f"parallel.{key}": value})])

@@ -73,6 +73,7 @@ class Backend:
     prepare  (q, k, v, heads, turn, stats, scale) -> operands, a tuple of tensors
     attend   (operands, num_keys, scale) -> o [B, S, h, D]; scale is 1 / sqrt(D) when None, and the same for both
     layout   of each operand: (dim of heads, dim of tokens or None, tokens per entry)
+    num_query_operands  of the operands, how many belong to queries: the first ones
     token_align  a rank's share of the tokens begins at a multiple of it
     name     as summaries tell it
     """
@@ -82,6 +83,7 @@ class Backend:
     prepare: Callable
     attend: Callable
     layout: tuple[tuple[int, int | None, int], ...]
+    num_query_operands: int = 1
     token_align: int = 1
 
 

@@ -46,7 +46,9 @@ def block_inputs(facts: Facts, model, size: Size, device: str) -> dict:
     }
 
 
-def operations_of(facts: Facts, size: Size, num_layers: int, attention_dtype: str) -> list[roofline.Operation]:
+def operations_of(
+    facts: Facts, size: Size, num_layers: int, gemm_dtype: str, attention_dtype: str
+) -> list[roofline.Operation]:
     """What one call costs."""
     tokens = facts.tokens(size.height, size.width, size.num_frames)
-    return roofline.block_operations(facts, tokens, attention_dtype=attention_dtype, count=num_layers)
+    return roofline.block_operations(facts, tokens, gemm_dtype, attention_dtype, num_layers)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dax.bench import report, rivals, roofline
+from dax.bench.breakdown import breakdown
 from dax.bench.model import LOGIT_STD, build, facts_of
 from dax.bench.size import checked_size
 from dax.bench.timing import Timing, measure
@@ -23,6 +24,9 @@ COLUMNS = {
     "video_s": "video s",
     "error": "error",
     "first_call_s": "first call s",
+    "attention_ms_per_layer": "attention ms",
+    "gemm_ms_per_layer": "GEMM ms",
+    "elementwise_ms_per_layer": "elementwise ms",
     "peak_gib": "peak GiB",
     "sm_mhz": "SM MHz",
     "watts": "W",
@@ -31,12 +35,17 @@ COLUMNS = {
 
 @dataclass
 class Result:
-    """One row, measured. `error` is the relative L2 distance to eager of what the model adds to its input."""
+    """One row, measured. `error` is the relative L2 distance to eager of what the model adds to its input.
+
+    `arrange_s` is what optimize took, quantising included; `kinds` see breakdown.
+    """
 
     row: rivals.Row
     error: float
+    arrange_s: float
     first_call_s: float
     peak_gib: float | None
+    kinds: dict
     timing: Timing
 
 
@@ -51,9 +60,10 @@ def bench(
     timed_s: float = 5.0,
     device: str | None = None,
     log=print,
+    waterfall: bool = False,
 ) -> dict:
     """Run `block` or `forward` and return its record (see report.record). Everything that can be refused is, first."""
-    chosen = rivals.rows_named(rows, list(plans))
+    chosen = rivals.rows_named(rows, list(plans), waterfall)
     if model is None:
         log("no --model: the embedded tiny Wan's shapes")
     facts = facts_of(model or "tiny")
@@ -66,7 +76,10 @@ def bench(
 
     import torch
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from dax.hardware import machine
+
+    here = machine(device)
+    device, sheet = here.device, here if here.peak_tflops else None  # a card without a data sheet has no ceiling
     transformer = build(facts, folder, device, num_layers)
     tokens = facts.tokens(*asdict(pixels).values())
     log(f"{facts.name}: {num_layers} of {facts.num_layers} blocks, {tokens} tokens, on {device}")
@@ -78,11 +91,10 @@ def bench(
     calls, origin = calls_of(facts, transformer, pixels, device)
     with torch.no_grad():
         results, left_out = run_rows(transformer, calls, origin, chosen, device, warm_up_s, timed_s, log)
-    machine = known_machine(device)
     lines = []
     for result in results:
-        operations = operations_of(facts, pixels, num_layers, "int8" if eight_bits(result.row) else "bf16")
-        lines.append(line(result, operations, machine, facts, num_layers))
+        operations = operations_of(facts, pixels, num_layers, *rivals.arithmetic(result.row))
+        lines.append(line(result, operations, sheet, facts, num_layers))
     return report.record(
         subject,
         device,
@@ -116,8 +128,13 @@ def run_rows(model, calls, origin, rows, device, warm_up_s, timed_s, log) -> tup
     with rivals.backends_restored():
         eager, _ = rivals.arrange(model, rivals.RIVALS["eager"], device)
         reference = calls(eager)().float() - origin
+        del eager
         for row in rows:
-            arranged, reason = rivals.arrange(model, row, device)
+            start = time.perf_counter()
+            arranged, reason = rivals.arrange(model, row, device, alone=len(rows) == 1)
+            if gpu:
+                torch.cuda.synchronize()
+            arrange_s = time.perf_counter() - start
             if reason:
                 left_out[row.name] = reason
                 log(f"left out {row.name}: {reason}")
@@ -138,13 +155,14 @@ def run_rows(model, calls, origin, rows, device, warm_up_s, timed_s, log) -> tup
                 raise DaxError(
                     "check_failed", f"{row.name}: result lies {error:.4f} from eager's, limit {row.limit}; not timed"
                 )
-            ready[row.name], known_of[row.name] = call, (row, error, first_call_s, peak_gib)
+            ready[row.name], known_of[row.name] = call, (row, error, arrange_s, first_call_s, peak_gib)
         if not ready:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
             raise DaxError("unsupported", f"no row runs here: {reasons}")
         del reference
+        kinds = {name: breakdown(call) if gpu else {} for name, call in ready.items()}
         timings = measure(ready, device, warm_up_s, timed_s)
-    return [Result(*known_of[name], timings[name]) for name in ready], left_out
+    return [Result(*known_of[name], kinds[name], timings[name]) for name in ready], left_out
 
 
 def line(result: Result, operations: list, machine, facts: Facts, num_layers: int) -> dict:
@@ -166,7 +184,16 @@ def line(result: Result, operations: list, machine, facts: Facts, num_layers: in
         "video_s": each * facts.num_layers * 2 * facts.defaults.steps / 1e3,
         "error": result.error,
         "error_limit": result.row.limit,
+        "arrange_s": result.arrange_s,
         "first_call_s": result.first_call_s,
+        **{f"{kind}_ms_per_layer": parts / num_layers for kind, parts in result.kinds.items() if kind != "kernels"},
+        "ceiling_of_kind_ms_per_layer": {
+            kind: 1e3 * roofline.seconds([op for op in operations if op.kind == kind], machine, fused=True) / num_layers
+            for kind in ("attention", "gemm", "elementwise")
+        }
+        if machine
+        else None,
+        "kernels": result.kinds.get("kernels"),
         "peak_gib": result.peak_gib,
         "calls": timing.count,
         "timed_s": timing.timed_s,
@@ -174,29 +201,6 @@ def line(result: Result, operations: list, machine, facts: Facts, num_layers: in
     }
 
 
-def headline(result: dict) -> str:
-    """The line above the table."""
-    return (
-        f"{result['bench']} of {result['model']}: {result['height']}x{result['width']}x{result['num_frames']} = "
-        f"{result['tokens']} tokens, {result['num_blocks']} blocks, on {result['device']}"
-    )
-
-
 def relative_error(output, reference) -> float:
     """||output - reference|| / ||reference||, in fp32."""
     return ((output - reference).norm() / reference.norm()).item()
-
-
-def eight_bits(row: rivals.Row) -> bool:
-    """Whether the row's attention multiplies 8-bit numbers."""
-    return row.backend == "sage" or (row.plan is not None and row.plan.attention.kernel == "sage")
-
-
-def known_machine(device: str):
-    """The hardware of a GPU bench when DAX has its data sheet, else None: then no ceiling is printed."""
-    if not device.startswith("cuda"):
-        return None
-    from dax.hardware import machine
-
-    here = machine("cuda")
-    return here if here.peak_tflops else None

@@ -24,13 +24,16 @@ def calls_of(facts: Facts, model, size: Size, device: str):
     return calls, 0
 
 
-def operations_of(facts: Facts, size: Size, num_layers: int, attention_dtype: str) -> list[roofline.Operation]:
+def operations_of(
+    facts: Facts, size: Size, num_layers: int, gemm_dtype: str, attention_dtype: str
+) -> list[roofline.Operation]:
     """What one call costs."""
     return roofline.forward_operations(
         facts,
         size.height,
         size.width,
         size.num_frames,
-        attention_dtype=attention_dtype,
+        gemm_dtype,
+        attention_dtype,
         num_layers=num_layers,
     )

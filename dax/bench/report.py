@@ -40,6 +40,15 @@ def record(subject: str, device: str, **figures) -> dict:
     }
 
 
+def headline(result: dict) -> str:
+    """The line above the table."""
+    blocks = f", {result['num_blocks']} blocks" if "num_blocks" in result else ""
+    return (
+        f"{result['bench']} of {result['model']}: {result['height']}x{result['width']}x{result['num_frames']} = "
+        f"{result['tokens']} tokens{blocks}, on {result['device']}"
+    )
+
+
 def table(rows: list[dict], columns: dict[str, str]) -> str:
     """Markdown table of the rows: {key: heading}. Floats in three significant figures and more, None as a dash."""
     cells = [list(columns.values()), *([shown(row.get(key)) for key in columns] for row in rows)]

@@ -8,10 +8,12 @@ import copy
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from dax.bench import roofline
 from dax.errors import DaxError, nearest
 
 ROUNDING = 0.05  # bf16 throughout: another order of summation
-EIGHT_BITS = 0.15  # attention with 8-bit operands
+EIGHT_BITS = 0.15  # attention or linear layers with 8-bit operands
+TECHNIQUES = ("blocks", "attention", "linear", "compile")  # parts of a plan, in the order a waterfall adds them
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,11 @@ DEFAULT_ROWS = ("eager", "compiled-cudnn", "fa3", "compiled-fa3", "sage", "compi
 NEEDS_CUDA = ("_native_cudnn", "_flash_3", "sage")
 
 
-def rows_named(text: str | None, plans: list[str]) -> list[Row]:
-    """The rows of `--rows a,b` (None: the usual ones) and one per `--plan`. DaxError("bad_request") if unknown."""
+def rows_named(text: str | None, plans: list[str], as_waterfall: bool = False) -> list[Row]:
+    """The rows of `--rows a,b` (None: the usual ones) and one per `--plan`, or its waterfall.
+
+    DaxError("bad_request") if unknown.
+    """
     names = DEFAULT_ROWS if text is None else [name.strip() for name in text.split(",") if name.strip()]
     rows: dict[str, Row] = {}
     for name in names:
@@ -57,7 +62,8 @@ def rows_named(text: str | None, plans: list[str]) -> list[Row]:
             raise DaxError("bad_request", f"--rows: unknown row {name!r}{nearest(name, RIVALS)}")
         rows[name] = RIVALS[name]
     for plan in plans:
-        rows[f"dax {plan}"] = plan_row(plan)
+        for row in waterfall(plan) if as_waterfall else [plan_row(plan)]:
+            rows[row.name] = row
     if not rows:
         raise DaxError("bad_request", "--rows: nothing to time; give row names or a --plan")
     return list(rows.values())
@@ -67,9 +73,29 @@ def plan_row(name_or_path: str) -> Row:
     """The row of DAX under a plan."""
     from dax.plan import Plan
 
-    plan = Plan.load(name_or_path)
-    limit = EIGHT_BITS if plan.attention.kernel == "sage" else ROUNDING
-    return Row(f"dax {name_or_path}", f"DAX, plan {name_or_path}", limit=limit, plan=plan)
+    return row_of(Plan.load(name_or_path), f"dax {name_or_path}", f"DAX, plan {name_or_path}")
+
+
+def row_of(plan, name: str, label: str) -> Row:
+    from dax.attention import KERNELS
+
+    exact = plan.attention.kernel == "auto" or KERNELS[plan.attention.kernel].exact
+    return Row(name, label, limit=ROUNDING if exact and not plan.linear.active else EIGHT_BITS, plan=plan)
+
+
+def waterfall(name_or_path: str) -> list[Row]:
+    """A plan's techniques added one after the other to stock diffusers; a part that adds nothing has no row."""
+    from dax.plan import Blocks, Plan
+
+    full = Plan.load(name_or_path)
+    reached = Plan(blocks=Blocks(fused=False))
+    rows = [row_of(reached, "dax stock", "DAX, attention.kernel auto alone")]
+    for part in TECHNIQUES:
+        following = reached.model_copy(update={part: getattr(full, part)})
+        if following != reached:
+            rows.append(row_of(following, f"dax +{part}", f"+ {part}"))
+        reached = following
+    return rows
 
 
 def twin(model):
@@ -78,13 +104,17 @@ def twin(model):
     return copy.deepcopy(model, shared)
 
 
-def arrange(model, row: Row, device: str) -> tuple[object, str | None]:
-    """(a twin of `model` arranged as the row says, None), or (None, why this machine cannot run the row)."""
+def arrange(model, row: Row, device: str, alone: bool = False) -> tuple[object, str | None]:
+    """(a twin of `model` arranged as the row says, None), or (None, why this machine cannot run the row).
+
+    alone   a DAX row may change the model itself, so that weights it replaces are freed
+    """
     if row.plan is not None:
         from dax.optimize import optimize
 
-        arranged = twin(model)
-        optimize(arranged, row.plan, strict=True)
+        arranged = model if alone else twin(model)  # a twin shares its weights with others: none may be moved
+        plan = row.plan.model_copy(update={"linear": row.plan.linear.model_copy(update={"keep_original": "none"})})
+        optimize(arranged, plan, strict=True)
         return arranged, None
     if row.backend in NEEDS_CUDA and not device.startswith("cuda"):
         return None, f"{row.backend.strip('_')} attention needs an NVIDIA GPU"
@@ -96,6 +126,14 @@ def arrange(model, row: Row, device: str) -> tuple[object, str | None]:
     if row.compiled:
         arranged.compile_repeated_blocks(fullgraph=row.fullgraph)
     return arranged, None
+
+
+def arithmetic(row: Row) -> tuple[str, str]:
+    """(dtype of the row's linear layers, dtype of its attention), as the roofline names them."""
+    if row.plan is None:
+        return "bf16", "int8" if row.backend == "sage" else "bf16"
+    scheme, kernel = row.plan.linear.scheme, row.plan.attention.kernel
+    return roofline.LINEAR.get(scheme, "bf16"), roofline.ATTENTION.get(kernel, "bf16")
 
 
 @contextmanager

@@ -10,6 +10,10 @@ from math import prod
 
 from dax.facts import Facts
 
+EIGHT_BITS = ("int8", "fp8")
+ATTENTION = {"sage": "int8", "int8": "int8"}  # the arithmetic of each attention kernel; bf16 unless named
+LINEAR = {"int8": "int8", "fp8": "fp8", "fp8_e5m2": "fp8"}  # of each scheme
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -35,14 +39,14 @@ class Operation:
 
 def gemm(name: str, rows: int, inner: int, columns: int, dtype: str = "bf16", count: int = 1) -> Operation:
     """[rows, inner] @ [inner, columns] + bias; bf16 in and out, 8-bit operands when dtype has 8 bits."""
-    size = 1 if dtype in ("int8", "fp8") else 2
+    size = 1 if dtype in EIGHT_BITS else 2
     moved = size * (rows * inner + inner * columns) + 2 * rows * columns
     return Operation(name, "gemm", 2 * rows * inner * columns, moved, moved, dtype, count)
 
 
 def attention(name: str, queries: int, keys: int, width: int, dtype: str = "bf16", count: int = 1) -> Operation:
     """softmax(q k^T) v over all heads: 4 x queries x keys x width FLOPs; q, k, v read once, the output written."""
-    size = 1 if dtype in ("int8", "fp8") else 2
+    size = 1 if dtype in EIGHT_BITS else 2
     moved = size * (queries + 2 * keys) * width + 2 * queries * width
     return Operation(name, "attention", 4 * queries * keys * width, moved, moved, dtype, count)
 
@@ -62,26 +66,27 @@ def block_operations(
     """
     S, C, F, T = tokens, facts.width, facts.ffn_dim, facts.text_tokens
     U = 2 * S * C
+    out = 0.5 if gemm_dtype in EIGHT_BITS else 1  # of what a fused pass writes for the next product
     gelu = 2 * 2 * S * F  # read and write S x F in bf16
     affine = 10 * U if facts.cross_attn_norm else 0
     return [
-        elementwise("norm1, modulate", 18 * U, 4 * U, count),
+        elementwise("norm1, modulate", 18 * U, (3 + out) * U, count),
         gemm("self q, k, v", S, C, C, gemm_dtype, 3 * count),
         elementwise("self q, k RMS norm", 4 * U, 0, count),
         elementwise("rotary embedding", 36 * U, 4 * U, count),
         attention("self-attention", S, S, C, attention_dtype, count),
         gemm("self out", S, C, C, gemm_dtype, count),
         elementwise("gate, residual", 15 * U, 0, count),
-        elementwise("norm2", affine, 4 * U, count),
+        elementwise("norm2", affine, (3 + out) * U, count),
         gemm("cross q", S, C, C, gemm_dtype, count),
         gemm("cross k, v of the text", T, C, C, "bf16", 2 * count),
         elementwise("cross q RMS norm", 2 * U, 2 * U, count),
         attention("cross-attention", S, T, C, "bf16", count),
         gemm("cross out", S, C, C, gemm_dtype, count),
         elementwise("residual", 3 * U, 0, count),
-        elementwise("norm3, modulate", 18 * U, 4 * U, count),
+        elementwise("norm3, modulate", 18 * U, (3 + out) * U, count),
         gemm("ffn in", S, C, F, gemm_dtype, count),
-        elementwise("GELU", gelu, gelu, count),
+        elementwise("GELU", gelu, gelu * (1 + out) / 2, count),
         gemm("ffn out", S, F, C, gemm_dtype, count),
         elementwise("ffn gate, residual", 19 * U, 0, count),
     ]
@@ -129,13 +134,17 @@ def seconds(operations: list[Operation], machine, fused: bool = False) -> float:
     return sum(op.seconds(machine, fused)[0] for op in operations)
 
 
-def weight_bytes(facts: Facts, num_layers: int | None = None) -> int:
-    """Bytes of the transformer's weights in bf16 with the parts that stay fp32 (time embedder, norm2, modulation)."""
+def weight_bytes(facts: Facts, num_layers: int | None = None, eight_bits: bool = False) -> int:
+    """Bytes of the transformer's weights in bf16 with the parts that stay fp32 (time embedder, norm2, modulation).
+
+    eight_bits   the blocks' linear layers in 8 bits with an fp32 scale for each channel
+    """
     C, layers = facts.width, facts.num_layers if num_layers is None else num_layers
     parameters = facts.num_parameters - (facts.num_layers - layers) * facts.num_block_parameters
     time_embedder = (facts.freq_dim * C + C) + (C * C + C)
     kept = time_embedder + 2 * C + layers * (6 * C + 2 * C * facts.cross_attn_norm)
-    return 2 * parameters + 2 * kept
+    saved = layers * (8 * C * C + 2 * C * facts.ffn_dim - 4 * (9 * C + facts.ffn_dim)) if eight_bits else 0
+    return 2 * parameters + 2 * kept - saved
 
 
 def activation_bytes(facts: Facts, tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""`dax bench block|forward|claims`: figures with their ceilings. The work is in `dax.bench`."""
+"""`dax bench start|linear|block|forward|claims`: figures with their ceilings. The work is in `dax.bench`."""
 
 import json
 import sys
@@ -8,11 +8,11 @@ import typer
 
 from dax.errors import DaxError, nearest
 
-SUBJECTS = ("block", "forward", "claims")
+SUBJECTS = ("start", "linear", "block", "forward", "claims")
 
 
 def command(
-    subject: Annotated[str, typer.Argument(help="block, forward or claims")],
+    subject: Annotated[str, typer.Argument(help="start, linear, block, forward or claims")],
     model: Annotated[str | None, typer.Option(help="a known name (random weights) or a diffusers folder")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
@@ -22,6 +22,7 @@ def command(
     ] = None,
     rows: Annotated[str | None, typer.Option(help="rivals to time, as in eager,compiled-cudnn,fa3,sage")] = None,
     plan: Annotated[list[str] | None, typer.Option(help="also time DAX under this plan; may be repeated")] = None,
+    waterfall: Annotated[bool, typer.Option("--waterfall", help="add each plan's techniques one by one")] = False,
     warm_up_s: Annotated[float, typer.Option("--warm-up", help="seconds back to back before each visit")] = 5.0,
     timed_s: Annotated[float, typer.Option("--seconds", help="seconds timed per row, over two visits")] = 5.0,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
@@ -37,18 +38,28 @@ def command(
         print(json.dumps(entries) if as_json else report.table(entries, claims.COLUMNS))
         return
 
-    from dax.bench.contest import COLUMNS, bench, headline
-
     def log(text):
         print(text, file=sys.stderr, flush=True)
 
-    result = bench(
-        subject, model, (height, width, num_frames), layers, rows, plan or [], warm_up_s, timed_s, device, log
-    )
+    size = height, width, num_frames
+    if subject == "start":
+        from dax.bench.start import COLUMNS, bench
+
+        result = bench(model, size, (plan or ["exact"])[0], device, log)
+    elif subject == "linear":
+        from dax.bench.linear import COLUMNS, bench
+
+        result = bench(model, size, warm_up_s, timed_s, device, log)
+    else:
+        from dax.bench.contest import COLUMNS, bench
+
+        result = bench(
+            subject, model, size, layers, rows, plan or [], warm_up_s, timed_s, device, log, waterfall=waterfall
+        )
     if as_json:
         print(json.dumps(result))
         return
-    from dax.bench.report import table
+    from dax.bench.report import headline, table
 
     print(headline(result))
     print(table(result["rows"], COLUMNS))

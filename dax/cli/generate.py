@@ -8,7 +8,7 @@ import typer
 
 
 def command(
-    prompt: Annotated[str, typer.Argument(help="what the clip shows")],
+    prompt: Annotated[str | None, typer.Argument(help="what the clip shows")] = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help=".mp4, .npz (frames) or .png (sheet)")] = None,
     model: Annotated[
         str | None, typer.Option(help="diffusers folder or hub id; default: the embedded tiny Wan")
@@ -24,13 +24,20 @@ def command(
     negative_prompt: Annotated[str | None, typer.Option(help="what it should not show")] = None,
     seed: Annotated[int | None, typer.Option(help="default 0")] = None,
     fps: Annotated[int | None, typer.Option(help="frames per second of the file")] = None,
+    from_clip: Annotated[
+        str | None, typer.Option("--from", help="an earlier clip: its settings where nothing else is stated")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
+    gpus: Annotated[int, typer.Option(help="ranks on this machine, one GPU each")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output if it exists")] = False,
     round: Annotated[bool, typer.Option("--round", help="move a size to the nearest the model can make")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="read all weights: finite, and as their digests say")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="a fallback is an error")] = False,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="dB: refuse unless the plan is exact or was measured to hold this")
+    ] = None,
     allow_empty_prompt: Annotated[bool, typer.Option("--allow-empty-prompt")] = False,
     keep_frames_on_error: Annotated[
         str | None, typer.Option(help="where to save the frames (.npz) if the output cannot be written")
@@ -43,7 +50,7 @@ def command(
     def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    if model is None:
+    if model is None and from_clip is None:
         log("no --model: the embedded tiny Wan")
     given = {
         "prompt": prompt,
@@ -70,8 +77,13 @@ def command(
         strict,
         allow_empty_prompt,
         keep_frames_on_error,
+        from_clip,
+        gpus,
+        min_psnr,
     )
     record = generate(job, log)
+    if record is None:  # a rank of torchrun's that is not the first
+        return
     for warning in record["warnings"]:
         log(f"warning: {warning}")
     log(last_line(record))

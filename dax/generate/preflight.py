@@ -1,13 +1,14 @@
 """A checkpoint, checked before it is loaded: configs and headers only, no weights, no torch, a few milliseconds.
 
 What diffusers would load anyway (missing tensors filled with random numbers, silent casts, foreign code) is refused
-here, in one line that names the file. Rows 22 to 34 and 36 of docs/faults.md.
+here, in one line that names the file. Rows 23 to 34 and 36 of docs/faults.md.
 """
 
 import hashlib
 import os
 import re
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from dax.errors import DaxError
@@ -30,19 +31,20 @@ STEMS = {
     "text_encoder": "model",
 }
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
-CLASSES = {"vae": "AutoencoderKLWan", "scheduler": ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")}
+SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt"]
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+EMBEDDING = "encoder.embed_tokens.weight"  # the text encoder's other name for shared.weight
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A folder that may be loaded. `bytes` of weights; `digest` of configs, headers and sizes (sha256, hex)."""
+    """A folder that may be loaded. `parameters` of all parts; `digest` (sha256, hex) tells a model from another."""
 
     folder: Path
     facts: Facts
     files: tuple[Path, ...]
-    bytes: int
+    parameters: int
     digest: str
     stamps: tuple[tuple[int, int, int], ...]
 
@@ -54,137 +56,138 @@ class Checked:
 
 
 def locate(model: str) -> Path:
-    """The local folder of a path or a hub id; the hub's cache first, the network only where it is allowed."""
+    """The local folder of a path or a hub id. Without a network the hub's cache is all there is."""
     path = Path(model).expanduser()
     if os.path.lexists(path) or not HUB_ID.fullmatch(model):
         return path
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=WANTED, local_files_only=True))
-    except Exception:  # not in the cache, for whatever reason: ask the network
-        pass
-    try:
         return Path(snapshot_download(model, allow_patterns=WANTED, etag_timeout=5))
-    except Exception as error:
+    except Exception as error:  # of the network, the hub or the cache: many kinds
         raise DaxError(
             "bad_model",
-            f"model {model}: not found locally and the hub is unreachable ({type(error).__name__}); set HF_HOME or "
-            "give --model DIR",
+            f"model {model}: not found locally and the hub is unreachable or has none ({type(error).__name__}); set "
+            "HF_HOME or give --model DIR",
         ) from None
 
 
-def preflight(folder: Path, verify: bool = False) -> Checked:
-    """Check a diffusers folder of a Wan text-to-video pipeline.
-
-    verify   also read every weight: finite, and as `SHA256SUMS` or the hub's blob names say
-    DaxError("bad_model") names the first file that is wrong.
-    """
-    folder = check_folder(Path(folder))
+def preflight(folder: Path) -> Checked:
+    """Check a diffusers folder of a Wan text-to-video pipeline. DaxError("bad_model") names the first file at fault."""
+    check_folder(folder)
     index = read_json(folder / "model_index.json")
-    facts = facts_from_config(index, read_json(folder / "transformer" / "config.json"))
+    check_code(folder)
+    configs = {part: read_config(folder / part / "config.json") for part in STEMS}
+    facts = facts_from_config(index, configs["transformer"])
     for part in PARTS:
         if index.get(part) in (None, [None, None]):
             raise bad(folder / "model_index.json", f"names no {part}")
-    files = [folder / "model_index.json", *(folder / part / "config.json" for part in STEMS)]
-    encoder, vae = (read_json(folder / part / "config.json") for part in ("text_encoder", "vae"))
-    check_configs(folder, facts, encoder, vae)
+    check_encoder(folder / "text_encoder" / "config.json", configs["text_encoder"], facts)
+    check_vae(folder / "vae" / "config.json", configs["vae"], facts)
     expected = {
         "transformer": shapes.transformer_shapes(facts),
-        "text_encoder": shapes.text_encoder_shapes(encoder),
-        "vae": shapes.vae_shapes(vae),
+        "text_encoder": shapes.text_encoder_shapes(configs["text_encoder"]),
+        "vae": shapes.vae_shapes(configs["vae"]),
     }
-    headers, all_tensors = [], {}
+    files = [folder / "model_index.json", *(folder / part / "config.json" for part in STEMS)]
     for part, stem in STEMS.items():
-        tensors, weights, raws = read_weights(folder / part, stem)
-        if part == "text_encoder":  # the input embedding goes by two names, and either may be left out
-            name = "encoder.embed_tokens.weight"
-            if name in tensors and "shared.weight" not in tensors:
-                tensors["shared.weight"] = tensors.pop(name)
-        check_shapes(folder / part, tensors, expected[part], frozenset({"encoder.embed_tokens.weight"}))
+        tensors, weights = read_weights(folder / part, stem)
+        if part == "text_encoder" and EMBEDDING in tensors:
+            tensors.setdefault("shared.weight", tensors[EMBEDDING])
+        check_shapes(folder / part, tensors, expected[part], frozenset({EMBEDDING}))
         files += weights
-        headers += raws
-        all_tensors |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
     files += check_tokenizer(folder / "tokenizer")
-    files.append(folder / "scheduler" / "scheduler_config.json")
-    check_scheduler(files[-1])
-    if verify:
-        check_finite(all_tensors)
-        check_digests(folder, files)
+    files.append(check_scheduler(folder / "scheduler" / "scheduler_config.json"))
     return Checked(
         folder=folder,
         facts=facts,
         files=tuple(files),
-        bytes=sum(stat_file(file).st_size for file in files if file.suffix == ".safetensors"),
-        digest=digest(folder, files, headers),
+        parameters=sum(prod(shape) for part in expected.values() for shape in part.values()),
+        digest=digest(folder, files),
         stamps=tuple(map(stamp_of, files)),
     )
 
 
-def check_folder(folder: Path) -> Path:
-    """The folder, which must be one, hold a pipeline and bring no code."""
+def verify(checked: Checked) -> list[str]:
+    """Read all weights: finite, and as `SHA256SUMS` or the hub's cache records them. Returns what could not be told."""
+    weights = [file for file in checked.files if file.suffix == ".safetensors"]
+    check_finite(weights)
+    compared = check_digests(checked.folder, checked.files)
+    total = len(checked.files)
+    return [] if compared == total else [f"--verify: {total - compared} of {total} files have no recorded digest"]
+
+
+def check_folder(folder: Path) -> None:
     try:
-        if not folder.is_dir():
-            folder.stat()
-            raise bad(folder, "a file, not a diffusers folder")
-        code = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
+        folder.stat()
     except FileNotFoundError:
         raise bad(folder, "no such folder") from None
     except OSError as error:
         raise bad(folder, error.strerror or str(error)) from None
+    if not folder.is_dir():
+        raise bad(folder, "not a diffusers folder")
+
+
+def check_code(folder: Path) -> None:
+    code = sorted([*folder.glob("*.py"), *folder.glob("*/*.py")])
     if code:
-        raise bad(folder / code[0], "the folder brings code, which is never run: remove it")
-    return folder
+        raise bad(code[0], "the folder brings code, which is never run: remove it")
 
 
-def check_configs(folder: Path, facts: Facts, encoder: dict, vae: dict) -> None:
-    """The text encoder and the VAE are of the classes DAX knows and fit the transformer."""
-    where = folder / "text_encoder" / "config.json"
-    if "auto_map" in encoder or "auto_map" in vae:
-        raise bad(where if "auto_map" in encoder else folder / "vae" / "config.json", "auto_map points at code")
-    if encoder.get("architectures", ["UMT5EncoderModel"]) not in (["UMT5EncoderModel"], ["UMT5Model"]):
-        raise bad(where, f"architectures = {encoder['architectures']!r}; supported: UMT5EncoderModel")
-    if encoder.get("d_model", 512) != facts.text_dim:
-        raise bad(where, f"d_model = {encoder.get('d_model')!r}, but the transformer's text_dim is {facts.text_dim}")
-    where = folder / "vae" / "config.json"
-    if vae.get("_class_name") != CLASSES["vae"]:
-        raise bad(where, f"_class_name = {vae.get('_class_name')!r}; supported: {CLASSES['vae']}")
-    z = vae.get("z_dim", 16)
+def read_config(path: Path) -> dict:
+    config = read_json(path)
+    if "auto_map" in config:
+        raise bad(path, "auto_map points at code, which is never run: remove it")
+    return config
+
+
+def check_encoder(path: Path, config: dict, facts: Facts) -> None:
+    """The text encoder is of the class DAX knows and as wide as the transformer wants it."""
+    if config.get("architectures", ["UMT5EncoderModel"]) not in (["UMT5EncoderModel"], ["UMT5Model"]):
+        raise bad(path, f"architectures = {config['architectures']!r}; supported: UMT5EncoderModel")
+    if config.get("d_model", 512) != facts.text_dim:
+        raise bad(path, f"d_model = {config.get('d_model')!r}, but the transformer's text_dim is {facts.text_dim}")
+
+
+def check_vae(path: Path, config: dict, facts: Facts) -> None:
+    """The VAE is of the class DAX knows, its latents those of the transformer and scaled by sane numbers."""
+    if config.get("_class_name") != "AutoencoderKLWan":
+        raise bad(path, f"_class_name = {config.get('_class_name')!r}; supported: AutoencoderKLWan")
+    z = config.get("z_dim", 16)
     if z != facts.in_channels:
-        raise bad(where, f"z_dim = {z!r}, but the transformer's in_channels is {facts.in_channels}")
+        raise bad(path, f"z_dim = {z!r}, but the transformer's in_channels is {facts.in_channels}")
     for key in ("latents_mean", "latents_std"):
-        values = vae.get(key)
+        values = config.get(key)
         real = isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e6 for v in values)
         if values is not None and (not real or len(values) != z or (key == "latents_std" and min(values) <= 0)):
-            raise bad(where, f"{key} must be {z} numbers" + (" above 0" if key == "latents_std" else ""))
+            raise bad(path, f"{key} must be {z} numbers" + (" above 0" if key == "latents_std" else ""))
 
 
 def check_tokenizer(folder: Path) -> list[Path]:
-    """The files of a T5 tokenizer that are there; a vocabulary is among them and parses."""
-    files = [path for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json") if path.exists()]
+    """The files of a T5 tokenizer that are there; a vocabulary is among them, and JSON parses."""
+    names = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "spiece.model")
+    files = [folder / name for name in names if os.path.lexists(folder / name)]
     for path in files:
-        if "auto_map" in read_json(path):
-            raise bad(path, "auto_map points at code")
-    vocabulary = [path for path in (folder / "tokenizer.json", folder / "spiece.model") if os.path.lexists(path)]
-    if not vocabulary:
-        raise bad(folder / "tokenizer.json", "missing, and so is spiece.model")
-    for path in vocabulary:
         if path.suffix == ".json":
-            if not isinstance(read_json(path).get("model"), dict):
+            config = read_config(path)
+            if path.name == "tokenizer.json" and not isinstance(config.get("model"), dict):
                 raise bad(path, "holds no tokenizer model")
-        elif len(read_bytes(path, 100_000_000)) < 16:
+        elif len(read_bytes(path)) < 16:
             raise bad(path, "too short to be a vocabulary")
-    return files + vocabulary
+    if not any(path.name in names[2:] for path in files):
+        raise bad(folder / "tokenizer.json", "missing, and so is spiece.model")
+    return files
 
 
-def check_scheduler(path: Path) -> None:
+def check_scheduler(path: Path) -> Path:
     """A flow-matching scheduler that the pipeline can use."""
     config = read_json(path)
     name = config.get("_class_name")
-    if name not in CLASSES["scheduler"]:
-        raise bad(path, f"_class_name = {name!r}; supported: {', '.join(CLASSES['scheduler'])}")
+    if name not in SCHEDULERS:
+        raise bad(path, f"_class_name = {name!r}; supported: {', '.join(SCHEDULERS)}")
     if name == "UniPCMultistepScheduler" and config.get("prediction_type") != "flow_prediction":
         raise bad(path, f"prediction_type = {config.get('prediction_type')!r}; Wan predicts flow_prediction")
+    return path
 
 
 def stamp_of(file: Path) -> tuple[int, int, int]:
@@ -192,13 +195,14 @@ def stamp_of(file: Path) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def digest(folder: Path, files: list[Path], headers: list[bytes]) -> str:
-    """sha256 over names, sizes, configs and weight files' headers: tells a model from another without reading it."""
-    total = hashlib.sha256()
+def digest(folder: Path, files: list[Path]) -> str:
+    """sha256 over the name, size, first and last MiB of every file: all of a config, the ends of a weight file."""
+    total, part = hashlib.sha256(), 2**20
     for file in sorted(files):
-        total.update(f"{file.relative_to(folder).as_posix()}\0{stat_file(file).st_size}\0".encode())
-        if file.suffix == ".json":
-            total.update(read_bytes(file, 100_000_000))
-    for raw in headers:
-        total.update(raw)
+        size = stat_file(file).st_size
+        total.update(f"{file.relative_to(folder).as_posix()}\0{size}\0".encode())
+        with file.open("rb") as opened:
+            total.update(opened.read(part))
+            opened.seek(max(part, size - part))
+            total.update(opened.read(part))
     return total.hexdigest()

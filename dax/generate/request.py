@@ -34,6 +34,11 @@ class Request:
     seed: int = 0
 
 
+def request_fields(record: dict) -> dict:
+    """The fields of a Request that a clip's record holds."""
+    return {field.name: record[field.name] for field in fields(Request) if field.name in record}
+
+
 def make_request(
     facts: Facts, given: dict, round: bool = False, allow_empty_prompt: bool = False
 ) -> tuple[Request, list[str]]:
@@ -47,7 +52,7 @@ def make_request(
         raise DaxError("bad_request", f"unknown request field {sorted(unknown)[0]!r}")
     values = {**vars(facts.defaults), **{name: value for name, value in given.items() if value is not None}}
     if "prompt" not in values:
-        raise DaxError("bad_request", "no prompt")
+        raise DaxError("bad_request", "no prompt: say what the clip shows, or take that of an earlier clip with --from")
     check_text("prompt", values["prompt"])
     check_text("negative_prompt", values.get("negative_prompt", ""))
     if not values["prompt"].strip() and not allow_empty_prompt:

@@ -8,20 +8,33 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from dax.cache.policy import maker
+from dax.cache.step_plan import Setting, flow_sigmas
+from dax.edits import Edits
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate import video
-from dax.generate.request import check_memory, make_request
+from dax.generate.preflight import Checked, locate, preflight, verify
+from dax.generate.ranks import count_of, parallel_plan, team
+from dax.generate.request import check_memory, make_request, request_fields
+from dax.models.tiny import FOLDER
+from dax.parallel.join import place
+from dax.parallel.launch import run_ranks
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
+from dax.provenance import check_min_psnr, computes, read_measured
 
 
 @dataclass(frozen=True)
 class Job:
-    """What `dax generate` was asked for. `given` holds the request's fields that were stated."""
+    """What `dax generate` was asked for. `given` holds the request's fields that were stated.
+
+    `from_clip` is an earlier clip whose request, model and plan stand where nothing else is stated.
+    """
 
     given: dict
     output: str | None = None
@@ -35,42 +48,44 @@ class Job:
     strict: bool = False
     allow_empty_prompt: bool = False
     keep_frames_on_error: str | None = None
+    from_clip: str | None = None
+    gpus: int = 1
+    min_psnr: float | None = None
 
 
 @dataclass
 class Clock:
-    """Seconds per stage."""
+    """Seconds per stage. `enter` is told each stage's name as it begins."""
 
+    enter: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str):
+        self.enter(name)
         start = time.perf_counter()
         yield
         synchronize()
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
-def generate(job: Job, log=lambda text: None) -> dict:
+def generate(job: Job, log=lambda text: None) -> dict | None:
     """Run the job and return its record, the JSON object of `dax generate --json`.
+
+    With `gpus` above 1 it starts that many ranks of itself; on a rank other than 0 it returns None.
 
     DaxError before anything is loaded for a bad request, plan, model or output; "check_failed" for a clip that is not
     finite; "cannot_write" when the file cannot be written. Costs the model's bytes and its run time.
     """
     start = time.perf_counter()
-    checked = check_model(job)
+    at, count = count_of(job.gpus, job.device)
+    job, earlier = with_earlier(job)
+    checked = check_model(job.model)
     facts = checked.facts
     request, remarks = make_request(facts, job.given, job.round, job.allow_empty_prompt)
-    asked, _ = Plan.from_layers(
-        [plan_layer(job.plan or DEFAULT_PRESET), *((f"--set {text}", parse_set(text)) for text in job.sets)]
-    )
-    path = Path(job.output or video.default_name(request.prompt, request.seed, asked.hash()))
-    video.check_target(path, job.overwrite)
-    rescue = Path(job.keep_frames_on_error) if job.keep_frames_on_error else None
-    if rescue is not None:
-        if rescue.suffix != ".npz":
-            raise DaxError("cannot_write", f"--keep-frames-on-error {rescue}: must end in .npz")
-        video.check_target(rescue, overwrite=False)
+    asked, _ = Plan.from_layers(plan_layers(job, earlier))
+    if earlier.get("model_digest", checked.digest) != checked.digest:
+        remarks.append(f"the model is not the one of {job.from_clip}: its digest differs")
 
     import torch
 
@@ -79,13 +94,34 @@ def generate(job: Job, log=lambda text: None) -> dict:
 
     here = machine(job.device)
     dtype = torch.bfloat16 if here.device == "cuda" else torch.float32
-    check_memory(facts, request, checked.bytes * (1 if here.device == "cuda" else 2), dtype.itemsize, here.memory_gib)
-    resolve(asked, facts, here, job.strict, str(dtype).removeprefix("torch."))  # refuses before loading
+    check_memory(facts, request, checked.parameters * dtype.itemsize, dtype.itemsize, here.memory_gib)
+    checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked)
+    dtype_name = str(dtype).removeprefix("torch.")
+    asked, shares = parallel_plan(asked, request, facts, count, job.strict, remarks)
+    resolved = resolve(asked, facts, here, job.strict, dtype_name, checkpoint, shares)  # before loading
+    asked = asked.model_copy(update={"parallel": resolved.plan.parallel})
+    check_steps(resolved, facts, request, checkpoint)
+    measured = read_measured(job.plan) if job.plan else None
+    elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []
+    if elsewhere and job.strict:
+        raise DaxError("unsupported", f"--strict: plan {job.plan} was measured elsewhere: {'; '.join(elsewhere)}")
+    remarks += [f"the plan's fidelity was measured elsewhere: {text}" for text in elsewhere]
+    if job.min_psnr is not None:
+        exact = computes(resolved.plan) == computes(resolve(Plan(), facts, here, dtype=dtype_name).plan)
+        check_min_psnr(job.min_psnr, measured, elsewhere, exact)
+    path = Path(job.output or video.default_name(request.prompt, request.seed, resolved.plan.hash()))
+    if at.first:
+        check_outputs(job, path)
+    if count > at.count:
+        return run_ranks(generate_here, (replace(job, output=str(path)),), count)
+    if job.verify and at.first:
+        remarks += verify(checked)
 
-    clock = Clock()
-    with out_of_memory(request):
+    agreed = {"request": repr(request), "plan": resolved.plan.hash(), "model": checked.digest, "device": here.name}
+    with team(at, here.device, agreed) as ranks, out_of_memory(request):
+        clock = Clock(ranks.enter)
         with clock.stage("load"):
-            pipe = load(checked, here.device, dtype)
+            pipe = load(checked, here.device, dtype, ranks.first)
             checked.unchanged()
             set_flow_shift(pipe, request.flow_shift)
         from dax.optimize import optimize
@@ -94,11 +130,22 @@ def generate(job: Job, log=lambda text: None) -> dict:
             remarks += engine.fallbacks
             log(engine.summary())
             with clock.stage("text"):
-                embeds = encode(pipe, request, remarks)
-            with clock.stage("denoise"):
-                latents = denoise(pipe, request, *embeds)
+                shape, guided = (1, facts.text_tokens, facts.text_dim), request.guidance_scale > 1
+                embeds = ranks.share_text(
+                    lambda: encode(pipe, request, remarks), shape, guided, pipe.transformer.dtype, pipe.device
+                )
+            with clock.stage("denoise"), warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                ranks.step(0, request.steps)
+                latents = denoise(
+                    pipe, request, *embeds, lambda step, _: ranks.step(step + 1, request.steps), not ranks.first
+                )
+            remarks += dict.fromkeys(str(w.message) for w in found if str(w.message).startswith("step cache:"))
+            computed = ranks.most(forwards.computed)
             with clock.stage("decode"):
-                frames = decode(pipe, latents)
+                frames = decode(pipe, latents) if ranks.first or engine.plan.parallel.vae == "split" else None
+    if not ranks.first:
+        return None
     record = {
         "path": str(path),
         "model": job.model or "tiny",
@@ -106,12 +153,14 @@ def generate(job: Job, log=lambda text: None) -> dict:
         **asdict(request),
         "plan": engine.plan.model_dump(),
         "plan_hash": engine.plan.hash(),
-        "computed": forwards.computed(guided=request.guidance_scale > 1),
+        "computed": computed,
+        "ranks": ranks.count,
         "peak_memory_gib": round(peak_memory_gib(here.device), 2),
         "device": here.name,
         "versions": {**here.packages, "dax-engine": version(), "python": sys.version.split()[0]},
         "warnings": remarks,
     }
+    rescue = Path(job.keep_frames_on_error) if job.keep_frames_on_error else None
     try:
         with clock.stage("write"):
             # the record in the file cannot know how long writing it takes
@@ -125,32 +174,75 @@ def generate(job: Job, log=lambda text: None) -> dict:
     return {**record, "seconds": {**clock.seconds, "total": total}}
 
 
-def check_model(job: Job):
+def generate_here(job: Job) -> dict | None:
+    """generate() as one of the ranks it has started."""
+    return generate(job, lambda text: print(text, file=sys.stderr, flush=True) if place().first else None)
+
+
+def check_outputs(job: Job, path: Path) -> None:
+    """DaxError("cannot_write") if the clip, or what is to be saved of it on an error, could not be written."""
+    video.check_target(path, job.overwrite)
+    if job.keep_frames_on_error:
+        rescue = Path(job.keep_frames_on_error)
+        if rescue.suffix != ".npz" or rescue == path:
+            raise DaxError("cannot_write", f"--keep-frames-on-error {rescue}: must be another file, ending in .npz")
+        video.check_target(rescue, overwrite=False)
+
+
+def with_earlier(job: Job) -> tuple[Job, dict]:
+    """The job with what an earlier clip tells filled in, and that clip's record ({} without one)."""
+    if job.from_clip is None:
+        return job, {}
+    record = video.read_record(Path(job.from_clip))
+    stated = {name: value for name, value in job.given.items() if value is not None}
+    model = job.model or record.get("model")
+    if not isinstance(model, str | None):
+        raise DaxError("bad_request", f"{job.from_clip}: its record names no model")
+    return replace(job, given={**request_fields(record), **stated}, model=model), record
+
+
+def plan_layers(job: Job, earlier: dict) -> list[tuple[str, dict]]:
+    """Lowest first: --plan, else the plan of an earlier clip, else the default preset; then each --set."""
+    if job.plan is None and "plan" in earlier:
+        # how ranks shared the work then does not matter now
+        plan = {key: value for key, value in earlier["plan"].items() if key != "parallel"}
+        base = (f"clip {job.from_clip}", plan)
+    else:
+        base = plan_layer(job.plan or DEFAULT_PRESET)
+    return [base, *((f"--set {text}", parse_set(text)) for text in job.sets)]
+
+
+def check_model(model: str | None) -> Checked:
     """The preflight of the folder, the hub's model or the embedded one."""
-    from dax.generate.preflight import locate, preflight
-    from dax.models.tiny import FOLDER
-
-    if job.model in (None, "tiny"):
-        return preflight(FOLDER, job.verify)
-    if job.model in FACTS:
-        raise DaxError(
-            "bad_model", f"--model {job.model}: only its shapes are known; give a diffusers folder or a hub id"
-        )
-    return preflight(locate(job.model), job.verify)
+    if model in (None, "tiny"):
+        return preflight(FOLDER)
+    if model in FACTS:
+        raise DaxError("bad_model", f"--model {model}: only its shapes are known; give a diffusers folder or a hub id")
+    return preflight(locate(model))
 
 
-def load(checked, device: str, dtype):
-    """The pipeline, from safetensors only and nothing but local files. The VAE stays in fp32, as its authors run it."""
+def load(checked: Checked, device: str, dtype, text: bool = True):
+    """The pipeline, from safetensors only and nothing but local files. The VAE stays in fp32, as its authors run it.
+
+    Weights go to the device tensor by tensor, so that several ranks do not hold a copy each in the host's memory.
+    text   whether to load the text encoder, the largest part after the transformer
+    """
     import torch
-    from diffusers import WanPipeline
+    from diffusers import WanPipeline, WanTransformer3DModel
 
+    local = {"use_safetensors": True, "local_files_only": True}
+    without = {} if text else {"text_encoder": None, "tokenizer": None}
     try:
         with quiet():
+            transformer = WanTransformer3DModel.from_pretrained(
+                checked.folder, subfolder="transformer", dtype=dtype, device_map={"": device}, **local
+            )
             pipe = WanPipeline.from_pretrained(
                 checked.folder,
+                transformer=transformer,
                 dtype={"default": dtype, "vae": torch.float32},
-                use_safetensors=True,
-                local_files_only=True,
+                **without,
+                **local,
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if "out of memory" in str(error) or "allocate memory" in str(error):
@@ -214,19 +306,24 @@ def pipe_clean(text: str) -> str:
     return prompt_clean(text)
 
 
-def denoise(pipe, request, prompt_embeds, negative_embeds):
+def denoise(
+    pipe, request, prompt_embeds, negative_embeds, on_step=lambda step, latents: None, quietly: bool = False
+):
     """The pipeline's own loop, noise from a CPU generator so that a seed means the same everywhere.
 
+    on_step   called after every step with its number from 0 and the latents, which it must not change
     Returns latents [1, 16, F, H / 8, W / 8] fp32. DaxError("check_failed") if one is not finite.
     """
     import torch
     from tqdm import tqdm
 
-    with tqdm(total=request.steps, desc="denoise", unit="step", disable=None, file=sys.stderr) as bar:
+    disable = quietly or None  # None: where there is no terminal
+    with tqdm(total=request.steps, desc="denoise", unit="step", disable=disable, file=sys.stderr) as bar:
 
         def step_done(pipe, step, timestep, tensors):
             bar.update()
-            return tensors
+            on_step(step, tensors["latents"])
+            return {}
 
         latents = pipe(
             prompt_embeds=prompt_embeds,
@@ -239,7 +336,7 @@ def denoise(pipe, request, prompt_embeds, negative_embeds):
             generator=torch.Generator("cpu").manual_seed(request.seed),
             output_type="latent",
             callback_on_step_end=step_done,
-            callback_on_step_end_tensor_inputs=[],
+            callback_on_step_end_tensor_inputs=["latents"],
         ).frames
     if not torch.isfinite(latents).all():
         raise DaxError("check_failed", f"the latents are not finite after {request.steps} steps: no clip was written")
@@ -264,31 +361,55 @@ def decode(pipe, latents):
 
 
 class Forwards:
-    """Counts the forwards of a transformer that really run its blocks."""
+    """Counts the forwards that really run the blocks, by the branch the pipeline announces; `computed` is the count."""
 
     def __init__(self, transformer):
-        self.block, self.count = transformer.blocks[0], 0
+        self.transformer, self.branch, self.edits = transformer, "cond", Edits()
+        self.computed = {"cond": 0, "uncond": 0}
 
     def __enter__(self):
-        self.handle = self.block.register_forward_pre_hook(self.add)
+        self.handle = self.transformer.blocks[0].register_forward_pre_hook(self.add)
+        self.vendor_context = self.edits.set_attribute(self.transformer, "cache_context", self.cache_context)
         return self
 
     def __exit__(self, *_):
         self.handle.remove()
+        self.edits.undo()
+
+    @contextmanager
+    def cache_context(self, name: str, **announced):
+        self.branch = name
+        with self.vendor_context(name, **announced):
+            yield
 
     def add(self, *_) -> None:
-        self.count += 1
+        self.computed[self.branch] += 1
 
-    def computed(self, guided: bool) -> dict[str, int]:
-        """{"cond": n, "uncond": n}: with guidance the pipeline runs both in every step."""
-        return (
-            {"cond": self.count - self.count // 2, "uncond": self.count // 2}
-            if guided
-            else {
-                "cond": self.count,
-                "uncond": 0,
-            }
-        )
+
+def checkpoint_of(checked) -> str:
+    """The digest a calibration of this checkpoint carries, from its folder."""
+    from dax.cache.checkpoint import TENSOR, folder_digest
+    from dax.generate.checkpoint import read_weights
+
+    tensors = read_weights(checked.folder / "transformer", "diffusion_pytorch_model")[0]
+    return folder_digest(tensors[TENSOR].file, checked.facts.num_layers)
+
+
+def check_steps(resolved, facts, request, checkpoint: str | None):
+    """The step plan of a resolved plan as far as it is known without weights, else None.
+
+    DaxError("bad_request") if it cannot serve the request.
+    """
+    if resolved.plan.cache.policy == "none":
+        return None
+    setting = Setting(
+        steps=request.steps,
+        flow_shift=request.flow_shift,
+        guidance_scale=request.guidance_scale,
+        checkpoint=checkpoint,
+    )
+    make = maker(resolved.plan.cache, resolved.calibration, facts.name)
+    return make(setting, flow_sigmas(request.steps, request.flow_shift))
 
 
 @contextmanager

@@ -26,13 +26,13 @@ def default_name(prompt: str, seed: int, plan_hash: str) -> str:
     return f"outputs/{slug}-s{seed}-{plan_hash[:8]}.mp4"
 
 
-def check_target(path: Path, overwrite: bool) -> None:
+def check_target(path: Path, overwrite: bool, suffixes: tuple[str, ...] = SUFFIXES) -> None:
     """Refuse, before a model is loaded, what could not be written at the end; make the folder if its parent exists.
 
     DaxError("cannot_write") names the path. Temporary files that dead runs left for this very name are removed.
     """
-    if path.suffix not in SUFFIXES:
-        raise DaxError("cannot_write", f"{path}: unknown suffix {path.suffix!r}; known: {', '.join(SUFFIXES)}")
+    if path.suffix not in suffixes:
+        raise DaxError("cannot_write", f"{path}: unknown suffix {path.suffix!r}; known: {', '.join(suffixes)}")
     if len(os.fsencode(path.name)) > MAX_NAME:
         raise DaxError("cannot_write", f"{path}: the name has more than {MAX_NAME} bytes")
     try:

@@ -103,6 +103,10 @@ class WanProcessor:
         projection, dropout = attn.to_out
         return dropout(projection(o))
 
+    def around(self, backend: Backend) -> "WanProcessor":
+        """The same processor around another backend, such as one that asks other ranks."""
+        return type(self)(backend, self.text)
+
     def __repr__(self):
         return f"WanProcessor({self.backend.name!r})"
 

@@ -18,6 +18,7 @@ from diffusers import WanPipeline
 from . import scenes
 from .judge import score
 from .vae import psnr
+from .whole_clip import encode
 
 SIGMAS = (0.9, 0.6, 0.3)
 
@@ -65,8 +66,8 @@ def aliveness(pipe, num_captions: int = 16, seed: int = 5) -> dict:
     shape = (1, -1, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean).view(shape).to(device)
     std = torch.tensor(vae.config.latents_std).view(shape).to(device)
-    latents = [vae.encode((c[None] * 2 - 1).to(device, vae.dtype)).latent_dist.mode().float() for c in clips]
-    x0 = (torch.cat(latents) - mean) / std
+    latents, _ = encode(vae, clips.to(device, vae.dtype) * 2 - 1)
+    x0 = (latents.float() - mean) / std
     text, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=512, device=device)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(device)
 

@@ -1,0 +1,54 @@
+"""The report of a comparison as one picture for a README: a row per plan, a few frames each, and its figures."""
+
+from dax.bench.compare_page import decibels
+from dax.bench.compare_record import Comparison, Variant
+
+FRAMES, ROOM, GAP, TITLE = 6, 210, 6, 46
+CELL = 128  # pixels of a frame's height at least; smaller clips are enlarged by whole factors
+INK, SOFT, GROUND = (22, 24, 29), (92, 99, 112), (255, 255, 255)
+
+
+def sheet(comparison: Comparison, clips: dict[str, list], prompt: int):
+    """A PIL image of one prompt: the reference, then every plan, as large as a README shows it."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    rows = [comparison.reference, *comparison.shown()[1:]]
+    frames, height, width = clips[rows[0].name][prompt].shape[:3]
+    factor = max(1, CELL // height) if height < CELL else min(1.0, 200 / width)
+    size = (round(width * factor), round(height * factor))
+    chosen = np.linspace(0, frames - 1, min(FRAMES, frames)).round().astype(int)
+    total = (ROOM + len(chosen) * (size[0] + GAP) + GAP, TITLE + len(rows) * (size[1] + GAP) + GAP)
+    picture = Image.new("RGB", total, GROUND)
+    draw = ImageDraw.Draw(picture)
+    large, small = ImageFont.load_default(17), ImageFont.load_default(13)
+    draw.text((GAP * 2, 12), fitted(f"“{comparison.prompts[prompt]}”", large, total[0] - 4 * GAP), INK, large)
+    for index, each in enumerate(rows):
+        y = TITLE + index * (size[1] + GAP)
+        draw.text((GAP * 2, y + 4), fitted(each.name, large, ROOM - 3 * GAP), INK, large)
+        for line, words in enumerate(figures(each, comparison, prompt)):
+            draw.text((GAP * 2, y + 30 + 18 * line), words, SOFT, small)
+        for column, frame in enumerate(chosen):
+            shown = Image.fromarray(np.asarray(clips[each.name][prompt][frame]))
+            shown = shown.resize(size, Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.BOX)
+            picture.paste(shown, (ROOM + column * (size[0] + GAP), y))
+    return picture
+
+
+def figures(variant: Variant, comparison: Comparison, prompt: int) -> list[str]:
+    """What stands beside a row, three lines of it."""
+    forwards = f"{sum(variant.computed.values()):.0f} forwards"
+    if variant.role == "reference":
+        return [forwards, "the reference"]
+    psnr = variant.cells[prompt].psnr_db
+    lines = [forwards, f"PSNR {decibels(psnr)}", f"mean {decibels(variant.fidelity.psnr_db)}"]
+    return [*lines, f"(noise floor {decibels(comparison.noise.fidelity.psnr_db)})"]
+
+
+def fitted(words: str, font, room: int) -> str:
+    """The words, cut with an ellipsis where they would not fit."""
+    if font.getlength(words) <= room:
+        return words
+    while words and font.getlength(words + "…") > room:
+        words = words[:-1]
+    return words + "…"

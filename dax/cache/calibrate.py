@@ -1,0 +1,180 @@
+"""Calibrating a step cache: from a few prompts' exact runs to step plans for a ladder of budgets, in one artifact.
+
+Record exact runs with the kernels that will be used, measure how errors made at a few steps have grown at the end, find
+the best mask for each predictor by dynamic programming, let a hill climb on real cached runs correct what the model of
+errors got wrong, and keep what is best on prompts none of that has seen.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from dax.cache import magcache, teacache
+from dax.cache.artifact import Artifact, Rung
+from dax.cache.optimal import PREDICTORS, Trajectory, best_masks, neighbours, row
+from dax.cache.record import Clips, Recording, fidelity, gated, record, run
+from dax.cache.step_plan import COMPUTE, REUSE, Setting, StepPlan
+from dax.errors import DaxError
+
+BUDGETS = (0.5, 0.4, 0.33, 0.25)
+PROBES = (0.04, 0.1, 0.2, 0.4, 0.7, 0.95)  # where along the run amplification is measured
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to spend. Counted in runs of the calibration clips: exact ones cost all steps, cached ones their share.
+
+    budgets  shares of the forwards to make plans for
+    probes   of amplification: an almost exact run each
+    climb    cached runs of the hill climb, for each budget
+    batch    clips at a time
+    """
+
+    budgets: tuple[float, ...] = BUDGETS
+    probes: int = len(PROBES)
+    climb: int = 40
+    batch: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the search for plans goes by: the pipeline, the recorded clips, and unseen ones with their exact latents."""
+
+    pipe: object
+    clips: Clips
+    recording: Recording
+    held_out: Clips
+    reference: torch.Tensor
+    trajectory: Trajectory
+    setting: Setting
+    effort: Effort
+
+    def plan(self, mask: str, predictor: str) -> StepPlan:
+        kind, noise = PREDICTORS[predictor]
+        actions = row(self.trajectory.noisy(noise), mask, kind)
+        name = f"calibrated {predictor} plan, {mask.count('1')} of {len(mask)} steps"
+        return StepPlan(actions, actions, name, self.setting, sigmas=tuple(map(float, self.trajectory.sigmas)))
+
+    def seen(self, mask: str, predictor: str) -> float:
+        """Mean latent PSNR in dB on the recorded clips."""
+        plan = self.plan(mask, predictor)
+        return float(fidelity(self.pipe, plan, self.clips, self.recording.latents, self.effort.batch).mean())
+
+    def unseen(self, mask: str, predictor: str) -> Rung:
+        """The plan with its latent PSNR on the held-out clips."""
+        plan = self.plan(mask, predictor)
+        db = fidelity(self.pipe, plan, self.held_out, self.reference, self.effort.batch)
+        return Rung(plan, predictor, float(db.mean()), float(np.percentile(db, 10)))
+
+    def rung(self, count: int, masks: dict[str, str], log: Callable) -> Rung:
+        """The best plan of `count` computed steps, from each predictor's mask of least predicted error."""
+        start = {predictor: self.seen(mask, predictor) for predictor, mask in masks.items()}
+        best = max(start, key=start.get)
+        generator = random.Random(self.effort.seed + count)
+        score, mask = climb(start[best], masks[best], lambda m: self.seen(m, best), self.effort.climb, generator)
+        candidates = list(masks.items())
+        if mask != masks[best]:
+            candidates += [(predictor, mask) for predictor in masks]
+        rung = max((self.unseen(mask, predictor) for predictor, mask in candidates), key=lambda rung: rung.psnr_db)
+        log(
+            f"{count} steps: {', '.join(f'{p} {db:.1f} dB' for p, db in start.items())}, climbed {score:.1f}; "
+            f"{rung.predictor} holds {rung.psnr_db:.1f} on {len(self.held_out)} held-out prompts"
+        )
+        return rung
+
+
+def calibrate(
+    pipe,
+    clips: Clips,
+    held_out: Clips,
+    setting: Setting,
+    model: str,
+    moved: list[float],
+    effort: Effort,
+    log: Callable = print,
+) -> Artifact:
+    """Make the artifact of the pipeline as it is.
+
+    clips     to record and to climb on; `held_out` only judges and chooses
+    setting   what to tie the plans to
+    moved     relative change of the projected time embedding between steps, see teacache.changes
+    DaxError("bad_request") for budgets that leave nothing to choose.
+    """
+    log(f"recording {len(clips)} + {len(held_out)} exact runs of {clips.steps} steps")
+    recording = record(pipe, clips, effort.batch)
+    trajectory = Trajectory(recording.sigmas, recording.gram, amplification(pipe, clips, recording, effort, log))
+    reference = run(pipe, held_out, effort.batch)
+    study = Study(pipe, clips, recording, held_out, reference, trajectory, setting, effort)
+    masks = {name: best_masks(trajectory.noisy(noise), kind) for name, (kind, noise) in PREDICTORS.items()}
+    rungs = []
+    for budget in sorted(effort.budgets, reverse=True):
+        count = int(budget * clips.steps + 1e-9)
+        if any(count not in found for found in masks.values()):
+            raise DaxError("bad_request", f"budget {budget:g} of {clips.steps} steps: no plan computes {count} of them")
+        rungs.append(study.rung(count, {predictor: found[count] for predictor, found in masks.items()}, log))
+    ratios = {branch: tuple(found.tolist()) for branch, found in recording.ratios.items()}
+    return Artifact(
+        model=model,
+        setting=setting,
+        sigmas=tuple(map(float, recording.sigmas)),
+        rungs=tuple(rungs),
+        moved=tuple(moved),
+        teacache=teacache.fit(moved, recording.changes, replace(setting, kernels=None)),
+        magcache=magcache.Ratios(**ratios, flow_shift=setting.flow_shift),
+        notes=tuple(notes(trajectory)),
+    )
+
+
+def amplification(pipe, clips: Clips, recording: Recording, effort: Effort, log: Callable) -> np.ndarray:
+    """[n] how much an error in the velocity at each step, times the step's length, has grown in the final latents.
+
+    Measured at a few steps, by leaving out that one, and interpolated over the steps between in the logarithm.
+    """
+    n, found = clips.steps, {}
+    ahead = np.diff(np.append(recording.sigmas, 0.0))
+    for step in sorted({min(n - 1, max(2, round(part * n))) for part in PROBES[: effort.probes]}):
+        actions = tuple(REUSE if i == step else COMPUTE for i in range(n))
+        error = fidelity_error(pipe, StepPlan(actions, actions, "probe"), clips, recording, effort.batch)
+        gram = recording.gram
+        made = np.sqrt(gram[step, step] + gram[step - 1, step - 1] - 2 * gram[step, step - 1]) * abs(ahead[step])
+        found[step] = error / made
+    if not found:
+        return np.ones(n)
+    log("errors grow by " + ", ".join(f"{value:.2f} from step {step}" for step, value in found.items()))
+    return np.exp(np.interp(np.arange(n), list(found), np.log(list(found.values()))))
+
+
+def fidelity_error(pipe, plan: StepPlan, clips: Clips, recording: Recording, batch: int) -> float:
+    """Root mean square difference of the final latents under the plan from the exact ones."""
+    with gated(pipe, plan):
+        latents = run(pipe, clips, batch)
+    return float((latents.double() - recording.latents.double()).square().mean().sqrt())
+
+
+def climb(score: float, mask: str, evaluate: Callable[[str], float], tries: int, generator) -> tuple[float, str]:
+    """(score, mask) after `tries` evaluations of masks near the best so far, each better one kept."""
+    seen = {mask}
+    for _ in range(tries):
+        near = neighbours(mask, generator)
+        if near in seen:
+            continue
+        seen.add(near)
+        found = evaluate(near)
+        if found > score:
+            score, mask = found, near
+    return score, mask
+
+
+def notes(trajectory: Trajectory) -> list[str]:
+    """What a user of the artifact should know."""
+    reuse, line = (100 * float(np.median(trajectory.change(kind))) for kind in ("reuse", "linear"))
+    if line < reuse:
+        return []
+    return [
+        f"extrapolation is off: the velocity's noise exceeds its change from step to step (reuse misses by "
+        f"{reuse:.1f} %, the line by {line:.1f} %)"
+    ]

@@ -1,0 +1,34 @@
+"""Which checkpoint a calibration belongs to: one small tensor that no plan changes, read from a model or its folder.
+
+The head's modulation table, rounded to bf16 so that every dtype a checkpoint is kept or loaded in gives one digest.
+Fine-tuning moves it; an adapter on other layers does not. Nothing here imports torch.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+TENSOR = "scale_shift_table"
+
+
+def digest(bf16: bytes, num_layers: int) -> str:
+    """sha256 (hex) of the table's bf16 bytes and the number of blocks."""
+    return hashlib.sha256(f"wan {num_layers} ".encode() + bf16).hexdigest()
+
+
+def folder_digest(file: Path, num_layers: int) -> str:
+    """The digest of a checkpoint from the safetensors file that holds its table, already checked."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        entry = json.loads(opened.read(length))[TENSOR]
+        start, stop = entry["data_offsets"]
+        opened.seek(8 + length + start)
+        raw = opened.read(stop - start)
+    if entry["dtype"] == "F16":
+        raw = np.frombuffer(raw, "<f2").astype("<f4").tobytes()
+    if entry["dtype"] != "BF16":
+        bits = np.frombuffer(raw, "<u4")
+        raw = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()  # to the nearest, ties to even
+    return digest(raw, num_layers)

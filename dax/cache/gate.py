@@ -1,0 +1,264 @@
+"""The gate: runs a step plan from outside the transformer, at every forward the pipeline asks for.
+
+It stands on the instance's `forward` and `cache_context`, by which the pipeline says which branch and step it is at. A
+computed step is the model, untouched; a predicted one is a sum of at most three velocities. Nothing waits for the
+device. What is kept belongs to one run of the loop: it begins at step 0 and is let go when the loop ends, however it
+ends.
+"""
+
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from dax.cache.residual import BlockStack
+from dax.cache.step_plan import BRANCHES, COMPUTE, DROP, Action, Setting, StepPlan
+from dax.edits import Edits
+from dax.errors import DaxError
+
+SIGMA_TOLERANCE = 1e-4
+
+
+@dataclass
+class Run:
+    """One pass through the loop. `history` holds each branch's last computed velocities, fp32, newest first."""
+
+    plan: StepPlan
+    step: int = 0
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of the step that is open, by branch
+    fresh: set[str] = field(default_factory=set)  # branches the open step computed
+    branches: set[str] = field(default_factory=set)  # seen so far
+    history: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    computed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BRANCHES, 0))
+    predicted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BRANCHES, 0))
+    form: type = tuple  # of the transformer's output
+    dtype: torch.dtype | None = None
+
+    def close_step(self) -> None:
+        """Keep what the step computed. Only now: with guidance on two ranks the outputs are filled after both calls."""
+        self.branches |= set(self.outputs)
+        for branch in self.fresh:
+            kept = self.history.setdefault(branch, [])
+            kept.insert(0, self.outputs[branch].to(torch.float32, copy=True))
+            del kept[self.plan.depth :]
+        self.outputs.clear()
+        self.fresh.clear()
+
+    def done(self) -> bool:
+        return self.step == self.plan.steps - 1 and self.branches <= set(self.outputs) and bool(self.branches)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run of the loop really did: forwards of each branch that ran the model, and that did not."""
+
+    plan: StepPlan
+    computed: dict[str, int]
+    predicted: dict[str, int]
+    warnings: tuple[str, ...]
+
+
+class Gate:
+    """The step cache of one transformer. `last` is the Report of the last finished run of the loop, or None.
+
+    make_plan   (Setting, noise levels, timesteps) -> StepPlan, asked when a run begins; without a pipeline the last two
+                are None
+    checkpoint, kernels   of the transformer, see Setting
+    """
+
+    def __init__(self, transformer, pipe, make_plan: Callable, checkpoint: str | None = None, kernels: str = "exact"):
+        self.inner, self.vendor_context = transformer.forward, transformer.cache_context
+        self.stack: BlockStack | None = None
+        self.pipe, self.make_plan, self.checkpoint, self.kernels = pipe, make_plan, checkpoint, kernels
+        self.said: tuple[str, dict] | None = None  # the branch, and what else the pipeline announced
+        self.run: Run | None = None
+        self.last: Report | None = None
+
+    @contextmanager
+    def cache_context(self, name: str, **announced):
+        """The vendor's, overheard."""
+        with self.vendor_context(name, **announced):
+            self.said = name, announced
+            try:
+                yield
+            except BaseException:
+                self.release()
+                raise
+            finally:
+                self.said = None
+
+    def forward(self, *args, **kwargs):
+        """The transformer's forward, or its prediction. Outside a cache_context the branch is unknown: computed."""
+        if self.said is None:
+            return self.inner(*args, **kwargs)
+        branch, announced = self.said
+        try:
+            run = self.enter(branch, announced, args, kwargs)
+            output = self.act(run, branch, run.plan.actions(branch)[run.step], args, kwargs)
+            run.outputs[branch] = output[0]
+            if run.done():
+                self.finish()
+            return output
+        except BaseException:
+            self.release()
+            raise
+
+    def enter(self, branch: str, announced: dict, args: tuple, kwargs: dict) -> Run:
+        """The run this forward belongs to, at its step. DaxError("bad_request") if it cannot be told."""
+        step, run = self.step_of(announced, args, kwargs), self.run
+        if step == 0 and (run is None or run.step > 0 or branch in run.outputs):
+            return self.begin(announced)
+        if run is None or step not in (run.step, run.step + 1) or (step == run.step and branch in run.outputs):
+            where = "no run has begun" if run is None else f"the run is at step {run.step}"
+            raise DaxError(
+                "bad_request",
+                f"step cache: {branch} of step {step} was asked for while {where}: one loop at a time, from step 0 on",
+            )
+        if step >= run.plan.steps:
+            raise DaxError("bad_request", f"step cache: step {step} of a plan of {run.plan.steps} steps")
+        self.check_sigma(run.plan, step, announced)
+        if step > run.step:
+            run.close_step()
+            run.step = step
+        return run
+
+    def begin(self, announced: dict) -> Run:
+        """A new run; whatever an earlier one left is let go."""
+        self.release()
+        self.last = None
+        scheduler = getattr(self.pipe, "scheduler", None)
+        timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
+        config = getattr(scheduler, "config", {})
+        setting = Setting(
+            steps=announced.get("num_inference_steps") or (None if timesteps is None else len(timesteps)),
+            scheduler=None if scheduler is None else type(scheduler).__name__,
+            flow_shift=config.get("flow_shift", config.get("shift")),
+            guidance_scale=getattr(self.pipe, "guidance_scale", None),
+            checkpoint=self.checkpoint,
+            kernels=self.kernels,
+        )
+        plan = self.make_plan(setting, None if sigmas is None else sigmas.tolist()[: setting.steps], timesteps)
+        plan.check(setting)
+        self.check_sigma(plan, 0, announced)
+        self.run = Run(plan)
+        return self.run
+
+    def check_sigma(self, plan: StepPlan, step: int, announced: dict) -> None:
+        """DaxError("bad_request") if the announced noise level is not the one the plan was made for."""
+        sigma = announced.get("sigma")
+        if plan.sigmas is not None and sigma is not None and abs(sigma - plan.sigmas[step]) > SIGMA_TOLERANCE:
+            raise DaxError(
+                "bad_request",
+                f"step cache: step {step} is at noise level {sigma:.5f}, but the plan ({plan.made_by}) was made for "
+                f"{plan.sigmas[step]:.5f}: use the scheduler and shift it was made for, or cache.policy = none",
+            )
+
+    def step_of(self, announced: dict, args: tuple, kwargs: dict) -> int:
+        """The step, as announced; else the position of the timestep among the scheduler's."""
+        if announced.get("step_index") is not None:
+            return announced["step_index"]
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        timesteps = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
+        if timestep is None or timesteps is None:
+            raise DaxError(
+                "bad_request",
+                "step cache: which step this is is unknown; pass step_index to cache_context, or optimize the pipeline",
+            )
+        return position(timestep, timesteps)
+
+    def act(self, run: Run, branch: str, action: Action, args: tuple, kwargs: dict):
+        """The output of this forward, computed or predicted, in the form the transformer gives it."""
+        residual = run.plan.reuse == "residual"
+        known = branch in self.stack.residuals if residual else len(run.history.get(branch, ())) >= len(action)
+        counts, velocity, output = run.predicted, None, None
+        if action == DROP:
+            velocity = run.outputs["cond"]
+        elif action == COMPUTE or not known:  # guidance may be switched on in the middle of a run
+            counts = run.computed
+            with self.stack.noting(branch) if residual else nullcontext():
+                output = self.inner(*args, **kwargs)
+            run.form, run.dtype = type(output), output[0].dtype
+            if not residual and run.plan.depth:
+                run.fresh.add(branch)
+        elif residual:
+            with self.stack.replaying(branch):
+                output = self.inner(*args, **kwargs)
+        else:
+            velocity = combine(run.history[branch], action).to(run.dtype)
+        for name in (branch,) if branch in BRANCHES else BRANCHES:
+            counts[name] += 1
+        if output is not None:
+            return output
+        return (velocity,) if run.form is tuple else run.form(velocity)
+
+    def finish(self) -> None:
+        """The run reached its last step: report and let go."""
+        run = self.run
+        found = []
+        if not any(run.predicted.values()):
+            found.append(f"step cache: it never fired ({run.plan.made_by}): every forward was computed")
+        self.last = Report(run.plan, dict(run.computed), dict(run.predicted), tuple(found))
+        self.release()
+        for text in found:
+            warnings.warn(text, stacklevel=2)
+
+    def release(self) -> None:
+        """Let go of the run and all it holds."""
+        self.run = None
+        if self.stack is not None:
+            self.stack.residuals.clear()
+
+    @contextmanager
+    def loop(self, *args, **kwargs):
+        """The pipeline's progress bar, which spans the loop: when it closes, the run is over, finished or not."""
+        try:
+            with self.vendor_bar(*args, **kwargs) as bar:
+                yield bar
+        finally:
+            self.release()
+
+
+def apply_cache(
+    transformer, pipe, make_plan: Callable, edits: Edits, *, residual: bool, checkpoint: str | None, kernels: str
+) -> Gate:
+    """Put a gate before the transformer; undone with `edits`. See Gate for the arguments.
+
+    residual   also replace the list of blocks, which plans of the residual form need
+    """
+    gate = Gate(transformer, pipe, make_plan, checkpoint, kernels)
+    if residual:
+        gate.stack = BlockStack(transformer.blocks)
+        edits.swap_module(transformer, "blocks", gate.stack)
+    edits.set_attribute(transformer, "forward", gate.forward)
+    edits.set_attribute(transformer, "cache_context", gate.cache_context)
+    if pipe is not None:
+        gate.vendor_bar = edits.set_attribute(pipe, "progress_bar", gate.loop)
+    return gate
+
+
+def combine(velocities: list[torch.Tensor], weights: tuple[float, ...]) -> torch.Tensor:
+    """sum_i weights[i] * velocities[i] in fp32: one pass over each, no host value is waited for."""
+    total = velocities[0] * weights[0]
+    for velocity, weight in zip(velocities[1:], weights[1:]):
+        total.add_(velocity, alpha=weight)
+    return total
+
+
+def position(timestep: torch.Tensor, timesteps: torch.Tensor) -> int:
+    """Where in `timesteps` the timestep of a forward stands. DaxError("bad_request") if nowhere.
+
+    A pipeline hands over a view of an element, whose address tells without waiting for the device; else values are
+    compared, at the cost of one wait.
+    """
+    first = timestep.reshape(-1)[:1]
+    if first.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
+        step = (first.storage_offset() - timesteps.storage_offset()) // max(1, timesteps.stride(0))
+        if 0 <= step < len(timesteps):
+            return step
+    value = first.item()
+    found = (timesteps.cpu() == value).nonzero().flatten().tolist()
+    if not found:
+        raise DaxError("bad_request", f"step cache: timestep {value} is none of the scheduler's {len(timesteps)}")
+    return found[0]

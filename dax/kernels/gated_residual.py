@@ -1,0 +1,55 @@
+"""residual + gate * y in one pass, for branches whose last matrix product cannot do it itself."""
+
+import torch
+
+from dax.kernels.language import tl, triton
+from dax.kernels.op import Cost, define
+from dax.kernels.quantize import load_row, row_meta, store_row
+
+
+def gated_residual_reference(y: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """residual + gate * y, in fp32 inside.
+
+    y, residual  [B, S, C]    bf16, fp16 or fp32
+    gate         [B or 1, C]  fp32
+    returns      [B, S, C]    in residual's dtype
+    Reads two and writes one: 6 B S C bytes in bf16.
+    """
+    return (residual.float() + y.float() * gate[:, None]).to(residual.dtype)
+
+
+@triton.jit
+def gate_kernel(Y, Gate, Residual, Out, tokens, gate_stride, C: tl.constexpr, CHUNK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    ys = load_row(Y + row * C, C, CHUNK)
+    residuals = load_row(Residual + row * C, C, CHUNK)
+    gates = load_row(Gate + row // tokens * gate_stride, C, CHUNK)
+    out = ()
+    for j in tl.static_range(len(ys)):
+        out += (residuals[j] + ys[j] * gates[j],)
+    store_row(Out + row * C, out, C, CHUNK)
+
+
+def launch(y: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    B, S, C = residual.shape
+    out = torch.empty(residual.shape, device=residual.device, dtype=residual.dtype)
+    gate = gate.float().contiguous()
+    stride = C if len(gate) > 1 else 0
+    gate_kernel[(B * S,)](y.contiguous(), gate, residual.contiguous(), out, S, stride, **row_meta(C))
+    return out
+
+
+def case(B: int, S: int, C: int, samples: int):
+    def arguments(generator, device):
+        y, residual = (torch.randn(B, S, C, generator=generator).to(device, torch.bfloat16) for _ in range(2))
+        return y, torch.randn(samples, C, generator=generator).to(device), residual
+
+    return arguments
+
+
+gated_residual = define(
+    gated_residual_reference,
+    launch,
+    cases={"one token": case(1, 1, 384, 1), "two videos": case(2, 63, 384, 2), "wide": case(2, 5, 5120, 1)},
+    cost=lambda y, gate, residual: Cost(0, 3 * y.numel() * y.element_size()),
+)

@@ -1,0 +1,155 @@
+"""LayerNorm and what follows it in a diffusion transformer, in one pass: scale and shift, then bf16 or 8 bits.
+
+The same kernel serves adaptive modulation (weight = 1 + scale, one row per video) and a norm with its own affine
+weights (one row for all).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from dax.kernels.language import tl, triton
+from dax.kernels.op import Cost, define
+from dax.kernels.quantize import LARGEST, load_row, quantize_rows_reference, row_meta, store_codes, store_row
+
+
+def norm_modulate_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """LayerNorm(x) * weight + bias, in fp32 inside.
+
+    x             [B, S, C]       bf16, fp16 or fp32
+    weight, bias  [B or 1, C]     fp32
+    returns       [B, S, C]       in x's dtype
+    Reads and writes x once: 4 B S C bytes in bf16. Bandwidth-bound.
+    """
+    y = F.layer_norm(x.float(), x.shape[-1:], eps=eps) * weight[:, None] + bias[:, None]
+    return y.to(x.dtype)
+
+
+def norm_modulate_quantize_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """norm_modulate in 8 bits, never rounded to bf16 in between: ([B, S, C] dtype, [B, S] fp32 scales).
+
+    scale     [] fp32   static, or None: each token's own. See quantize_rows.
+    Reads x once and writes half of it: 3 B S C bytes in bf16.
+    """
+    return quantize_rows_reference(norm_modulate_reference(x.float(), weight, bias, eps), dtype, scale)
+
+
+@triton.jit
+def norm_kernel(
+    X,
+    Weight,
+    Bias,
+    Out,
+    Scale,
+    StaticScale,
+    tokens,
+    weight_stride,
+    eps,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    chunks = load_row(X + row * C, C, CHUNK)
+    total = chunks[0]
+    for j in tl.static_range(1, len(chunks)):
+        total += chunks[j]
+    mean = tl.sum(total, 0) / C
+    columns = tl.arange(0, CHUNK)
+    centred = ()
+    squares = tl.zeros([CHUNK], tl.float32)
+    for j in tl.static_range(len(chunks)):
+        x = chunks[j] - mean
+        if (j + 1) * CHUNK > C:
+            x = tl.where(j * CHUNK + columns < C, x, 0.0)
+        squares += x * x
+        centred += (x,)
+    inverse = 1.0 / tl.sqrt(tl.sum(squares, 0) / C + eps)
+    weights = load_row(Weight + row // tokens * weight_stride, C, CHUNK)
+    biases = load_row(Bias + row // tokens * weight_stride, C, CHUNK)
+    out = ()
+    for j in tl.static_range(len(chunks)):
+        out += (centred[j] * inverse * weights[j] + biases[j],)
+    if Scale is None:
+        store_row(Out + row * C, out, C, CHUNK)
+    else:
+        store_codes(Out + row * C, out, Scale + row, StaticScale, inverse * 0.0, C, CHUNK, LARGEST)
+
+
+def start(x, weight, bias, eps, out, scale, static_scale) -> None:
+    B, S, C = x.shape
+    weight, bias = (v.float().contiguous() for v in (weight, bias))
+    stride = C if len(weight) > 1 else 0
+    norm_kernel[(B * S,)](
+        x.contiguous(),
+        weight,
+        bias,
+        out,
+        scale,
+        static_scale,
+        S,
+        stride,
+        eps,
+        LARGEST=LARGEST.get(out.dtype, 0.0),
+        **row_meta(C),
+    )
+
+
+def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    start(x, weight, bias, eps, out, None, None)
+    return out
+
+
+def launch_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.empty(x.shape, device=x.device, dtype=dtype)
+    row_scale = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
+    start(x, weight, bias, eps, codes, row_scale, scale)
+    return codes, row_scale
+
+
+def case(B: int, S: int, C: int, samples: int, dtype: torch.dtype | None = None, static: bool = False):
+    def arguments(generator, device):
+        x = torch.randn(B, S, C, generator=generator).add(0.5).to(torch.bfloat16)
+        weight = torch.randn(samples, C, generator=generator) * 0.3 + 1
+        bias = torch.randn(samples, C, generator=generator) * 0.3
+        quantised = () if dtype is None else (dtype, torch.tensor(4.0 / LARGEST[dtype]).to(device) if static else None)
+        return x.to(device), weight.to(device), bias.to(device), 1e-6, *quantised
+
+    return arguments
+
+
+norm_modulate = define(
+    norm_modulate_reference,
+    launch,
+    cases={
+        "one token": case(1, 1, 384, 1),
+        "modulated, two videos": case(2, 63, 384, 2),
+        "affine, wide": case(2, 5, 5120, 1),
+        "odd width": case(1, 257, 1536 + 16, 1),
+    },
+    cost=lambda x, weight, bias, eps: Cost(0, 2 * x.numel() * x.element_size()),
+)
+norm_modulate_quantize = define(
+    norm_modulate_quantize_reference,
+    launch_quantize,
+    cases={
+        "modulated, int8": case(2, 63, 384, 2, torch.int8),
+        "affine, e4m3": case(1, 257, 5120, 1, torch.float8_e4m3fn),
+        "static, int8": case(1, 63, 1536, 1, torch.int8, static=True),
+    },
+    cost=lambda x, weight, bias, eps, dtype, scale=None: Cost(0, x.numel() * (x.element_size() + 1)),
+)

@@ -1,0 +1,251 @@
+"""A linear layer in 8 bits, with what follows it done before the result leaves the registers.
+
+    out = act((x w^T) * x_scale * weight_scale + bias)        act: none, GELU(tanh), or residual + gate * (...)
+
+int8 multiplies into int32, fp8 into fp32. The gate is folded into weight_scale and bias, so it costs nothing. On Hopper
+`scaled_linear_hopper` does it, elsewhere the Triton kernel here. K and N must be multiples of 16; any number of rows.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from dax.errors import DaxError
+from dax.kernels.language import tl, triton
+from dax.kernels.op import Cost, define
+from dax.kernels.quantize import LARGEST, quantize_rows_reference, to_codes
+
+
+def scaled_linear_reference(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    gelu: bool = False,
+    gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer of 8-bit operands, with bias, and GELU(tanh) or gate and residual after it.
+
+    x, x_scale            [B, S, K] 8 bits, [B, S] fp32   see quantize_rows; any leading shape without a gate
+    weight, weight_scale  [N, K] 8 bits, [N] fp32         bias  [N] or None
+    gate, residual        [B or 1, N] fp32, [B, S, N]     out = residual + gate * (...); gate None means 1
+    returns               [B, S, N]                       in `dtype`, computed in fp32
+    DaxError("bad_request") for K or N that is not a multiple of 16. 2 B S K N operations.
+    """
+    check_shapes(x, weight)
+    y = F.linear(x.float(), weight.float()) * x_scale[..., None] * weight_scale
+    y = y if bias is None else y + bias.float()
+    if gelu:
+        y = F.gelu(y, approximate="tanh")
+    if gate is not None:
+        y = y * gate[:, None].float()
+    return (y if residual is None else residual.float() + y).to(dtype)
+
+
+def scaled_linear_quantize_reference(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_scale: torch.Tensor,
+    gelu: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """scaled_linear in the 8 bits of the next one, by a static scale: ([..., N] x's dtype, [...] fp32 scales).
+
+    out_scale  [] fp32  the next layer's input scale. A row that was not finite gets a scale that is not.
+    """
+    y = scaled_linear_reference(x, x_scale, weight, weight_scale, bias, torch.float32, gelu)
+    return to_codes(y / out_scale, x.dtype), out_scale + x_scale * 0
+
+
+def check_shapes(x: torch.Tensor, weight: torch.Tensor) -> None:
+    N, K = weight.shape
+    if x.shape[-1] != K or K % 16 or N % 16:
+        raise DaxError(
+            "bad_request",
+            f"8-bit linear: x {list(x.shape)}, weight [N, K] = [{N}, {K}]: x must end in K, and K and N be multiples "
+            "of 16; keep this layer in bf16 with a rule of `none`",
+        )
+
+
+@triton.jit
+def gelu_tanh(y):
+    u = y * (0.7978845608 + 0.0356774081 * y * y)
+    return y * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * u)))  # y (1 + tanh u) / 2
+
+
+@triton.jit
+def linear_kernel(
+    X,
+    XScale,
+    W,
+    WScale,
+    Bias,
+    Residual,
+    OutScale,
+    Out,
+    M,
+    N,
+    K,
+    GELU: tl.constexpr,
+    LARGEST: tl.constexpr,
+    INTEGER: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile, rows, columns = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = tile // (GROUP * columns) * GROUP  # groups of GROUP row blocks share weights in the cache
+    height = tl.minimum(rows - first, GROUP)
+    m = (first + tile % (GROUP * columns) % height) * BM + tl.arange(0, BM)
+    n = tile % (GROUP * columns) // height * BN + tl.arange(0, BN)
+    m_inside, n_inside = m < M, n < N
+    k = tl.arange(0, BK)
+    acc = tl.zeros([BM, BN], tl.int32 if X.dtype.element_ty == tl.int8 else tl.float32)
+    x_rows, w_rows = X + m[:, None].to(tl.int64) * K, W + n[:, None].to(tl.int64) * K
+    for start in range(0, K, BK):
+        inside = (start + k)[None, :] < K
+        x = tl.load(x_rows + (start + k)[None, :], mask=m_inside[:, None] & inside, other=0.0)
+        w = tl.load(w_rows + (start + k)[None, :], mask=n_inside[:, None] & inside, other=0.0)
+        acc += tl.dot(x, w.T, out_dtype=acc.dtype)
+    y = acc.to(tl.float32) * tl.load(XScale + m, m_inside, 0.0)[:, None] * tl.load(WScale + n, n_inside, 0.0)[None, :]
+    y += tl.load(Bias + n, n_inside, 0.0)[None, :]
+    if GELU:
+        y = gelu_tanh(y)
+    where = m[:, None].to(tl.int64) * N + n[None, :]
+    inside = m_inside[:, None] & n_inside[None, :]
+    if Residual is not None:
+        y += tl.load(Residual + where, inside, 0.0).to(tl.float32)
+    if OutScale is not None:
+        y = tl.minimum(tl.maximum(y / tl.load(OutScale), -LARGEST), LARGEST)
+        if INTEGER:
+            y = (y + 12582912.0) - 12582912.0  # rounds, see quantize.store_codes
+    tl.store(Out + where, y.to(Out.dtype.element_ty), inside)
+
+
+TILE = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+
+
+def start(x, x_scale, weight, weight_scale, bias, residual, out_scale, out, gelu) -> None:
+    """Write `out` [M, N]; everything two-dimensional, scales and bias fp32."""
+    if torch.cuda.get_device_capability(x.device)[0] == 9 and out.element_size() < 4:
+        from dax.kernels.scaled_linear_hopper import start as hopper
+
+        return hopper(x, x_scale, weight, weight_scale, bias, residual, out_scale, out, gelu)
+    (M, K), N = x.shape, len(weight)
+    grid = (triton.cdiv(M, TILE["BM"]) * triton.cdiv(N, TILE["BN"]),)
+    meta = {"GELU": gelu, "LARGEST": LARGEST.get(out.dtype, 0.0), "INTEGER": out.dtype == torch.int8}
+    linear_kernel[grid](x, x_scale, weight, weight_scale, bias, residual, out_scale, out, M, N, K, **meta, **TILE)
+
+
+def launch(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    gelu: bool = False,
+    gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    check_shapes(x, weight)
+    N = len(weight)
+    out = torch.empty(*x.shape[:-1], N, device=x.device, dtype=dtype)
+    bias = torch.zeros_like(weight_scale) if bias is None else bias.float()
+    x, x_scale = x.contiguous(), x_scale.contiguous()
+    samples = range(1 if gate is None else len(gate))  # each video has its own gate
+    for i in samples:
+        part = slice(None) if len(samples) == 1 else i
+        scale, offset = (weight_scale, bias) if gate is None else (weight_scale * gate[i], bias * gate[i])
+        start(
+            x[part].reshape(-1, x.shape[-1]),
+            x_scale[part].reshape(-1),
+            weight,
+            scale,
+            offset,
+            None if residual is None else residual[part].reshape(-1, N).contiguous(),
+            None,
+            out[part].view(-1, N),
+            gelu,
+        )
+    return out
+
+
+def launch_quantize(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_scale: torch.Tensor,
+    gelu: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_shapes(x, weight)
+    N = len(weight)
+    out = torch.empty(*x.shape[:-1], N, device=x.device, dtype=x.dtype)
+    bias = torch.zeros_like(weight_scale) if bias is None else bias.float()
+    x, x_scale = x.contiguous(), x_scale.contiguous()
+    start(x.view(-1, x.shape[-1]), x_scale.view(-1), weight, weight_scale, bias, None, out_scale, out.view(-1, N), gelu)
+    return out, out_scale + x_scale * 0
+
+
+def case(shape: tuple, N: int, dtype: torch.dtype, static: bool = False, **flags):
+    """flags: gelu, bias=False, residual=True, gates=number of rows of the gate."""
+
+    def arguments(generator, device):
+        x, x_scale = quantize_rows_reference(torch.randn(*shape, generator=generator), dtype)
+        weight_dtype = torch.float8_e4m3fn if dtype == torch.float8_e5m2 else dtype
+        w = torch.randn(N, shape[-1], generator=generator) * shape[-1] ** -0.5
+        weight, weight_scale = quantize_rows_reference(w, weight_dtype)
+        bias = torch.randn(N, generator=generator) if flags.get("bias", True) else None
+        operands = [x, x_scale, weight, weight_scale, bias]
+        gelu = flags.get("gelu", False)
+        if static:
+            operands += [torch.tensor(3.0 / LARGEST[dtype]), gelu]
+        else:
+            gate = torch.randn(flags["gates"], N, generator=generator) if "gates" in flags else None
+            residual = torch.randn(*shape[:-1], N, generator=generator).bfloat16() if flags.get("residual") else None
+            operands += [torch.bfloat16, gelu, gate, residual]
+        return tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in operands)
+
+    return arguments
+
+
+def cost(x, x_scale, weight, weight_scale, bias, dtype_or_scale, gelu=False, gate=None, residual=None) -> Cost:
+    """Operands once, the output once; the residual too where there is one."""
+    rows, (N, K) = x.numel() // x.shape[-1], weight.shape
+    out = dtype_or_scale.itemsize if isinstance(dtype_or_scale, torch.dtype) else 1
+    moved = rows * K + N * K + rows * N * (out + (residual.element_size() if residual is not None else 0))
+    return Cost(2 * rows * N * K, moved, "int8" if x.dtype == torch.int8 else "fp8")
+
+
+scaled_linear = define(
+    scaled_linear_reference,
+    launch,
+    cases={
+        "one row, int8": case((1, 384), 384, torch.int8),
+        "odd, int8": case((257, 400), 528, torch.int8),
+        "odd, no bias, e4m3": case((63, 384), 272, torch.float8_e4m3fn, bias=False),
+        "gelu, int8": case((1, 130, 384), 1024, torch.int8, gelu=True),
+        "gate and residual, int8": case((2, 65, 1024), 384, torch.int8, gates=2, residual=True),
+        "one gate, e4m3": case((2, 65, 1024), 256, torch.float8_e4m3fn, gates=1, residual=True),
+        "residual alone, int8": case((1, 129, 384), 512, torch.int8, residual=True),
+        "e5m2 by e4m3": case((63, 384), 256, torch.float8_e5m2),
+        "long, int8": case((3, 13824), 32, torch.int8),
+    },
+    cost=cost,
+)
+scaled_linear_quantize = define(
+    scaled_linear_quantize_reference,
+    launch_quantize,
+    cases={
+        "gelu, int8": case((130, 384), 1024, torch.int8, static=True, gelu=True),
+        "gelu, e4m3": case((63, 400), 528, torch.float8_e4m3fn, static=True, gelu=True),
+    },
+    cost=cost,
+)

@@ -1,0 +1,236 @@
+"""Wan's transformer block in a few fused passes, run eagerly: nothing to compile, nothing to warm up.
+
+The vendor's block keeps its class, its names and its weights; only its `forward` is replaced, on the instance. Between
+two matrix products an activation is read once and written once: norm, modulation and 8 bits in one pass, q, k and v in
+one product, gate and residual inside the product before them. Every layer is looked at when it runs: one that carries
+an adapter, or whose neighbours are quantised otherwise, runs by itself, as the vendor has it.
+"""
+
+from collections import Counter
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dax.edits import Edits
+from dax.errors import DaxError
+from dax.kernels.gated_residual import gated_residual
+from dax.kernels.norm_modulate import norm_modulate, norm_modulate_quantize
+from dax.kernels.scaled_linear import scaled_linear
+from dax.models.wan import WanProcessor, attend_heads, attend_text
+from dax.quant.linear import QuantLinear
+
+Activation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # bf16, or 8 bits and a scale for each token
+
+
+def block_forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb):
+    """What WanTransformerBlock.forward computes.
+
+    hidden_states [B, S, C]   encoder_hidden_states [B, T, C]   temb [B, 6, C]   rotary_emb as in WanProcessor
+    returns       [B, S, C]   in hidden_states' dtype; norms, gates and residuals in fp32 inside
+    """
+    x, text = hidden_states, encoder_hidden_states
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + temb.float()).unbind(1)
+    attn1, attn2, (ffn_in, _, ffn_out) = block.attn1, block.attn2, block.ffn.net
+
+    h = normed(x, 1 + scale, shift, block.norm1.eps, projections(attn1))
+    o = attend_heads(attn1, *queries_keys_values(attn1, h, x.dtype), rotary_emb, attn1.processor.backend)
+    x = added(attn1.to_out[0], o, gate, x)
+
+    norm = block.norm2
+    h = x if isinstance(norm, nn.Identity) else normed(x, norm.weight[None], norm.bias[None], norm.eps, [attn2.to_q])
+    o = attend_text(attn2, run(attn2.to_q, h, x.dtype), text, attn2.processor.backend, attn2.processor.text)
+    x = added(attn2.to_out[0], o, None, x)
+
+    h = normed(x, 1 + ffn_scale, ffn_shift, block.norm3.eps, [ffn_in.proj])
+    return added(ffn_out, gelu(ffn_in, h, ffn_out, x.dtype), ffn_gate, x)
+
+
+def normed(x, weight, bias, eps: float, layers: list) -> Activation:
+    """LayerNorm(x) * weight + bias as `layers` take it: in their 8 bits where all take the same, else in x's dtype."""
+    first = layers[0]
+    if not share_codes(layers):
+        return norm_modulate(x, weight, bias, eps)
+    if first.rule.static or first.rule.per_token:
+        return norm_modulate_quantize(x, weight, bias, eps, first.activation, first.input_scale)
+    return first.quantize(norm_modulate(x, weight, bias, eps))
+
+
+def share_codes(layers: list) -> bool:
+    """Whether all are 8-bit layers, without an adapter, that take the very same codes."""
+    first = layers[0]
+    if not all(takes_codes(layer) and layer.rule == first.rule for layer in layers):
+        return False
+    return not first.rule.static or joined([layer.weight for layer in layers]) is not None  # `join` compared the scales
+
+
+def takes_codes(layer) -> bool:
+    return type(layer) is QuantLinear and layer.activation is not None
+
+
+def projections(attn) -> list:
+    """q, k and v of a self-attention layer, or the one that the vendor fused."""
+    return [attn.to_qkv] if attn.fused_projections else [attn.to_q, attn.to_k, attn.to_v]
+
+
+def queries_keys_values(attn, h: Activation, dtype: torch.dtype):
+    """q, k, v, each [B, S, C], thirds of one product where their weights lie in one storage."""
+    layers = projections(attn)
+    if len(layers) == 1:
+        return run(layers[0], h, dtype).chunk(3, dim=-1)
+    weight, bias = joined([layer.weight for layer in layers]), joined([layer.bias for layer in layers])
+    if weight is None or bias is None or len({type(layer) for layer in layers}) > 1:
+        return tuple(run(layer, h, dtype) for layer in layers)
+    if isinstance(h, tuple):
+        scale = joined([layer.weight_scale for layer in layers])
+        return scaled_linear(*h, weight, scale, bias, dtype).chunk(3, dim=-1)
+    if type(layers[0]) is nn.Linear:
+        return F.linear(h, weight, bias).chunk(3, dim=-1)
+    return tuple(layer(h) for layer in layers)
+
+
+def run(layer, h: Activation, dtype: torch.dtype) -> torch.Tensor:
+    """A linear layer, whatever it is, on an activation made for it."""
+    return layer.forward_quantized(*h, dtype) if isinstance(h, tuple) else layer(h)
+
+
+def gelu(ffn_in, h: Activation, following, dtype: torch.dtype) -> Activation:
+    """The first half of the feed-forward, as the second half takes it."""
+    if not isinstance(h, tuple):
+        return ffn_in(h)
+    if takes_codes(following):
+        return ffn_in.proj.forward_gelu_quantized(*h, following, dtype)
+    return ffn_in.proj.forward_quantized(*h, dtype, gelu=True)
+
+
+def added(layer, h: Activation, gate, residual) -> torch.Tensor:
+    """residual + gate * layer(h); gate [B, C] fp32, or None for 1."""
+    if takes_codes(layer):
+        codes, scale = h if isinstance(h, tuple) else layer.quantize(h)
+        return layer.forward_quantized(codes, scale, residual.dtype, gate=gate, residual=residual)
+    y = layer(h)
+    return residual + y if gate is None else gated_residual(y, gate, residual)
+
+
+def joined(tensors: list) -> torch.Tensor | None:
+    """Tensors that lie one behind the other in one storage, as one along dim 0; None if they do not."""
+    first, size = tensors[0], 0
+    for tensor in tensors:
+        if tensor is None or tensor.dtype != first.dtype or not tensor.is_contiguous():
+            return None
+        if tensor.data_ptr() != first.data_ptr() + size or tensor.device != first.device:
+            return None
+        size += tensor.nbytes
+    if first.untyped_storage().nbytes() < first.storage_offset() * first.element_size() + size:
+        return None  # neighbours by chance, each with a storage of its own
+    rows = sum(len(tensor) for tensor in tensors)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def join(layers: list, edits: Edits) -> None:
+    """Let the weights, biases and scales of layers lie in one storage, the same Parameters as views of it.
+
+    Needs the bytes of the three once more for a moment. Layers that are not all alike stay as they are.
+    """
+    first = layers[0]
+    if len(layers) == 1 or type(first) not in (nn.Linear, QuantLinear):
+        return
+    names = ["weight", "bias"] + ["weight_scale"] * (type(first) is QuantLinear)
+    groups = [[getattr(layer, name, None) for layer in layers] for name in names]
+    alike = all(type(layer) is type(first) for layer in layers) and not any(t is None for g in groups for t in g)
+    if not alike or len({getattr(layer, "rule", None) for layer in layers}) > 1:
+        return
+    if getattr(first, "input_scale", None) is not None:
+        if len({layer.input_scale.item() for layer in layers}) > 1:
+            return
+    for group in groups:
+        if joined(group) is None:
+            lay_out(group, edits)
+
+
+def lay_out(tensors: list, edits: Edits) -> None:
+    def together():
+        whole = torch.cat([tensor.data for tensor in tensors])
+        for tensor, part in zip(tensors, whole.split([len(tensor) for tensor in tensors])):
+            tensor.data = part
+
+    def apart():
+        for tensor in tensors:
+            tensor.data = tensor.data.clone()
+
+    edits.call(together, apart)
+
+
+def apply_blocks(target, edits: Edits) -> int:
+    """Give every block of a model the fused forward, and its q, k, v weights one storage; returns how many.
+
+    DaxError("bad_request") for a block whose forward is not its class's own any more: hooks must come after DAX.
+    """
+    for i, block in enumerate(target.blocks()):
+        if "forward" in vars(block):
+            raise DaxError(
+                "bad_request",
+                f"blocks.{i}: its forward carries a hook already: enable offloading or caching afterwards",
+            )
+    for block in target.blocks():
+        join(projections(block.attn1), edits)
+        edits.set_attribute(block, "forward", partial(block_forward, block))
+    return len(target.blocks())
+
+
+def segments(block) -> dict[str, bool]:
+    """{segment: whether it runs fused now}: adapters and moves of the model may change it."""
+    attn1, attn2, (ffn_in, _, ffn_out) = block.attn1, block.attn2, block.ffn.net
+    qkv = projections(attn1)
+    one_product = len(qkv) == 1 or joined([layer.weight for layer in qkv]) is not None
+    return {
+        "self-attention": one_product and plain(*qkv, attn1.to_out[0]),
+        "cross-attention": plain(attn2.to_q, attn2.to_out[0]),
+        "feed-forward": plain(ffn_in.proj, ffn_out),
+    }
+
+
+def plain(*layers) -> bool:
+    """Whether the layers carry no adapter and, in pairs that hand over activations, the same scheme."""
+    kinds = {(type(layer), getattr(layer, "rule", None)) for layer in layers}
+    return len(kinds) == 1 and kinds.pop()[0] in (nn.Linear, QuantLinear)
+
+
+def fused_segments(target) -> dict[str, int]:
+    """{segment: in how many blocks it runs fused}."""
+    counts: Counter = Counter()
+    for block in target.blocks():
+        counts.update(name for name, fused in segments(block).items() if fused)
+    return {name: counts[name] for name in segments(target.blocks()[0])}
+
+
+@cache
+def difference() -> str | None:
+    """Run the fused block and the vendor's own on small numbers: how they differ, or None if they do not."""
+    import diffusers
+
+    from dax.attention import backend_of
+
+    S, T, H, D = 6, 5, 2, 8
+    angle = torch.arange(S * D / 2).view(1, S, 1, D // 2).repeat_interleave(2, dim=-1)
+    try:
+        from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+            torch.manual_seed(0)
+            block = WanTransformerBlock(H * D, 32, H, cross_attn_norm=True).eval()
+            for parameter in block.parameters():
+                parameter.normal_()
+            args = (torch.randn(2, S, H * D), torch.randn(2, T, H * D), torch.randn(2, 6, H * D))
+            rotary = (angle.cos(), angle.sin())
+            theirs = block(*args, rotary)
+            for attn in (block.attn1, block.attn2):
+                attn.set_processor(WanProcessor(backend_of("sdpa")))
+            ours = block_forward(block, *args, rotary)
+        error = ((ours - theirs).norm() / theirs.norm()).item()
+    except (ImportError, TypeError, AttributeError, ValueError, RuntimeError) as problem:
+        return f"diffusers {diffusers.__version__} builds Wan's block otherwise ({type(problem).__name__}: {problem})"
+    if not error < 1e-5:
+        return f"diffusers {diffusers.__version__} computes Wan's block otherwise (relative difference {error:.1e})"
+    return None

@@ -1,0 +1,43 @@
+"""The parallel part of a plan, applied to a model: groups made, tokens, branches and the VAE's decode shared out."""
+
+from functools import partial
+
+from dax.parallel import mesh as meshes
+from dax.parallel.cfg import Guidance, apply_guidance
+from dax.parallel.sequence import Sequence, apply_sequence
+from dax.parallel.topology import Topology
+from dax.parallel.ulysses import shared
+from dax.parallel.vae import apply_vae
+
+
+def apply_parallel(target, parallel, device: str, plain, edits) -> list[tuple[str, str, str, int, int]]:
+    """Share the work of `target` out over all ranks; collective. Returns (key, value, what, count, total) of each part.
+
+    target     .pipe, .transformers, .facts, .blocks(), .attentions(cross)
+    parallel   the plan's part, every key decided
+    plain      the backend whose operands are q, k, v themselves
+    """
+    topology = Topology(parallel.cfg, parallel.ulysses, parallel.rows)
+    mesh = meshes.build(topology, device)
+    changes = []
+    for transformer in target.transformers:
+        if topology.sequence > 1:
+            inside = set(transformer.modules())
+            layers = [layer for layer in target.attentions(cross=False) if layer in inside]
+            align = max(layer.processor.backend.token_align for layer in layers)
+            sequence = Sequence(mesh.sequence, target.facts.num_heads, topology.ulysses, topology.rows, align)
+            blocks = apply_sequence(transformer, sequence, edits)
+            for layer in layers:
+                backend = layer.processor.backend
+                travel = plain if parallel.wire == "plain" and backend.layout != plain.layout else None
+                backend = shared(backend, sequence, parallel.overlap, travel)
+                edits.set_attribute(layer, "processor", layer.processor.around(backend))
+            value = f"{topology.ulysses} x rows {topology.rows}"
+            changes.append(("parallel.ulysses", value, "self-attention layers", len(layers), blocks))
+        if topology.cfg > 1:
+            guidance = Guidance(mesh.cfg, partial(getattr, target.pipe, "do_classifier_free_guidance"))
+            changes.append(("parallel.cfg", "2", "transformers", apply_guidance(transformer, guidance, edits), 1))
+    if parallel.vae == "split" and getattr(target.pipe, "vae", None) is not None:
+        count = apply_vae(target.pipe.vae, mesh.world, edits)
+        changes.append(("parallel.vae", "split", "layers of the VAE's decoder that look sideways", count, count))
+    return changes

@@ -1,0 +1,188 @@
+"""Ranks of one machine started and watched: torch's elastic agent spawns them, one line says who failed and where.
+
+`run_ranks` is what `--gpus N` calls; under torchrun the ranks exist already and only `joined` is needed. No rank
+survives its parent, and the first failure ends them all.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dax.errors import EXIT_CODES, DaxError
+from dax.parallel.board import COUNT, PATH, Board
+
+PR_SET_PDEATHSIG = 1
+ECHO_S = 0.5
+
+
+def run_ranks(task: Callable, args: tuple, count: int):
+    """task(*args) in `count` processes that torch.distributed can join; returns what rank 0 returns.
+
+    DaxError: the cause that a rank gave, else "rank_failed" with rank, stage and cause; "interrupted" and "terminated"
+    for a signal to this process. Takes the import of torch and the model in each process.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with tempfile.TemporaryDirectory(prefix="dax-ranks-") as folder, quiet_agent():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=Path(folder).name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",  # any free port: two runs never meet
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="spawn",
+            signals_to_handle="SIGTERM,SIGINT",
+            shutdown_timeout=3,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        board = Board(Path(folder) / "board", count)
+        watch = Watch(board)
+        try:
+            return elastic_launch(config, worker)(task, args, folder, count)[0]
+        except ChildFailedError as error:
+            raise failure(error.failures, board, watch.verdict, Path(folder)) from None
+        except SignalException as error:
+            code = "interrupted" if error.sigval == signal.SIGINT else "terminated"
+            raise DaxError(code, f"{code}; all {count} ranks are down") from None
+        finally:
+            watch.stop()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def quiet_agent():
+    """What the agent logs of a failure, our one line says better."""
+    import logging
+
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def worker(task: Callable, args: tuple, folder: str, count: int):
+    """What a spawned process runs. A failure is written down before the process ends, for the parent to tell."""
+    die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # end at once, even inside a collective
+    rank = int(os.environ["RANK"])
+    os.environ[PATH], os.environ[COUNT] = str(Path(folder) / "board"), str(count)
+    try:
+        result = task(*args)
+    except BaseException as error:
+        write_cause(Path(folder), rank, error)
+        if not isinstance(error, DaxError):
+            time.sleep(ECHO_S)  # this may only echo the death of another rank, which the agent shall notice first
+        os._exit(EXIT_CODES["rank_failed"])  # peers may never answer: nothing is torn down
+    return result if rank == 0 else None
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent ends, however that ends."""
+    parent = os.getppid()
+    with suppress(OSError, AttributeError):  # Linux only; elsewhere torch's own agent does what it can
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(EXIT_CODES["rank_failed"])
+
+
+def write_cause(folder: Path, rank: int, error: BaseException) -> None:
+    """Why a rank fails, as a file that is there whole or not at all."""
+    told = isinstance(error, DaxError)
+    said = next(iter(str(error).splitlines()), "")
+    if isinstance(error, SystemExit):
+        said = f"left early with exit code {error.code or 0}"
+    elif not told:
+        said = f"{type(error).__name__}: {said}"
+    cause = {"at": time.monotonic(), "code": error.code if told else "rank_failed", "said": said, "told": told}
+    part = folder / f"part-{rank}"
+    part.write_text(json.dumps(cause | {"traceback": traceback.format_exc()}))
+    part.rename(folder / f"cause-{rank}")
+
+
+def failure(failures: dict, board: Board, verdict: tuple[int, str] | None, folder: Path) -> DaxError:
+    """The first cause: a rank found hung; a rank that a signal killed; else the rank that raised first."""
+    causes = {int(path.name.removeprefix("cause-")): json.loads(path.read_text()) for path in folder.glob("cause-*")}
+    killed = {
+        rank: signal.Signals(-found.exitcode).name
+        for rank, found in failures.items()
+        if found.exitcode < 0 and found.exitcode != -signal.SIGTERM and rank not in causes
+    }
+
+    def stage(rank: int) -> str:
+        entry = board.read(rank)
+        return f"during {entry.stage}" if entry else "before it began"
+
+    if verdict:
+        rank, said = verdict
+        return DaxError("rank_failed", f"rank {rank} {said}: all {board.count} ranks ended")
+    if killed:
+        rank = min(killed)
+        return DaxError(
+            "rank_failed", f"rank {rank} killed by {killed[rank]} {stage(rank)}: all {board.count} ranks ended"
+        )
+    gone = [rank for rank in range(board.count) if rank not in causes and not alive(board.read(rank))]
+    if causes:
+        rank = min(causes, key=lambda rank: causes[rank]["at"])
+        cause = causes[rank]
+        if gone and not cause["told"]:  # the others only noticed
+            return DaxError("rank_failed", f"rank {gone[0]} vanished {stage(gone[0])}: all {board.count} ranks ended")
+        if cause["told"]:
+            return DaxError(cause["code"], cause["said"])
+        return DaxError("rank_failed", f"rank {rank}, {stage(rank)}: {cause['said']}")
+    rank, found = min(failures.items())
+    return DaxError("rank_failed", f"rank {rank} ended with exit code {found.exitcode} {stage(rank)}")
+
+
+def alive(entry) -> bool:
+    """Whether the process of a board's entry is there; one that has not begun counts as such."""
+    if entry is None or entry.stage == "done":
+        return True
+    try:
+        os.kill(entry.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+class Watch:
+    """A thread that looks at the board and kills the rank that holds the others up."""
+
+    def __init__(self, board: Board, interval_s: float = 0.25):
+        self.board, self.interval_s = board, interval_s
+        self.verdict: tuple[int, str] | None = None
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.look, daemon=True)
+        self.thread.start()
+
+    def look(self) -> None:
+        while not self.over.wait(self.interval_s):
+            rank = self.board.hung()
+            if rank is not None:
+                entry = self.board.read(rank)
+                self.verdict = rank, f"hangs: no progress for {time.monotonic() - entry.at:.0f} s during {entry.stage}"
+                with suppress(ProcessLookupError):
+                    os.kill(entry.pid, signal.SIGKILL)
+                return
+
+    def stop(self) -> None:
+        self.over.set()
+        self.thread.join()

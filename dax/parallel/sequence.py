@@ -1,0 +1,62 @@
+"""One branch's tokens over several ranks: each runs the blocks on its share; only attention sees the whole.
+
+The tokens are cut where the blocks begin and joined after the head, where they are 80 times smaller. Cross-attention,
+norms, linears and the embeddings of text and time need no other rank.
+"""
+
+from dax.parallel.topology import Layout
+from dax.parallel.wire import gather
+
+
+class Sequence:
+    """The group of ranks that share one branch's tokens, and the split of the forward that runs now."""
+
+    def __init__(self, wire, heads: int, ulysses: int, rows: int, align: int = 1):
+        self.wire, self.heads, self.ulysses, self.rows, self.align = wire, heads, ulysses, rows, align
+        self.layout: Layout | None = None
+
+    def begin(self, tokens: int) -> None:
+        """A forward of that many tokens starts. DaxError("bad_request") if they cannot be shared out."""
+        if self.layout is None or self.layout.tokens != tokens:
+            self.layout = Layout(tokens, self.heads, self.ulysses, self.rows, self.align).check()
+
+    def shard(self, x, dim: int):
+        """This rank's tokens of a tensor that has them all; a view."""
+        start, end = self.layout.token_range(self.wire.rank)
+        return x.narrow(dim, start, end - start)
+
+    def gather(self, x, dim: int):
+        """All tokens, on every rank of the group."""
+        return gather(self.wire, x, self.layout.token_sizes, dim)
+
+
+def apply_sequence(transformer, sequence: Sequence, edits) -> int:
+    """Cut the tokens after the patch embedding and join them after the head; returns the number of blocks in between.
+
+    The rotary table, which the vendor makes first, is cut too: each rank rotates its own tokens before any exchange.
+    Nothing is hooked to a block, so blocks may be compiled, fused or replaced.
+    """
+
+    def shard_table(rope, inputs, tables):
+        sequence.begin(tables[0].shape[1])
+        return tuple(sequence.shard(table, 1) for table in tables)  # [1, S, 1, D] each
+
+    def shard_tokens(embedding, inputs, patches):
+        return sequence.shard(patches.flatten(2), 2).unflatten(2, (-1, 1, 1))  # [B, C, s, 1, 1]
+
+    def gather_tokens(head, inputs, output):
+        return sequence.gather(output, 1)
+
+    for register in (
+        lambda: transformer.rope.register_forward_hook(shard_table),
+        lambda: transformer.patch_embedding.register_forward_hook(shard_tokens),
+        lambda: transformer.proj_out.register_forward_hook(gather_tokens),
+    ):
+        add_hook(register, edits)
+    return len(transformer.blocks)
+
+
+def add_hook(register, edits) -> None:
+    """A torch hook as an edit that undo() takes back."""
+    handles = []
+    edits.call(lambda: handles.append(register()), lambda: handles.pop().remove())

@@ -1,0 +1,179 @@
+"""Attention over all tokens, when each rank holds a share of them: tokens -> heads, attend, heads -> tokens.
+
+Each tensor goes in one all-to-all with static split sizes. Heads go in chunks, so that the attention of one chunk hides
+the exchange of its neighbours. What travels is what the attention backend's record says; nothing here knows a kernel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+
+from dax.parallel.topology import Layout
+from dax.parallel.wire import as_bytes, gather
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Where a tensor keeps tokens and heads. `per` tokens lie behind one index (a quantisation block has many).
+
+    tokens is None for what all tokens share, such as the range of V: every rank has it, and only takes its heads.
+    query: indexed by queries, which stay within a row of ranks; else by keys, which every row needs.
+    """
+
+    tokens: int | None
+    heads: int
+    per: int = 1
+    query: bool = False
+
+
+def to_heads(wire, layout: Layout, x: torch.Tensor, axes: Axes, chunk: int = 0, chunks: int = 1) -> Callable:
+    """Start to exchange this rank's tokens of all heads for all tokens of its column's heads.
+
+    x        a tensor with this rank's share of the tokens and all heads
+    returns  a function that waits: the tokens of the row (queries) or all tokens (keys), heads of chunk `chunk`
+    One copy to pack; what arrives is a view, and is contiguous when tokens come first.
+    """
+    rank, columns = wire.rank, layout.ulysses
+    if axes.tokens is None:
+        start, end = layout.head_chunk(rank % columns, chunk, chunks)
+        share = x.narrow(axes.heads, start, end - start)
+        return lambda: share
+    x = x.movedim(axes.tokens, 0)
+    heads = axes.heads + (axes.heads < axes.tokens)  # where movedim left them
+    peers = layout.peers(rank)
+    parts = []
+    for other in range(layout.ranks):
+        start, end = layout.head_chunk(other % columns, chunk, chunks)
+        count = end - start if other in peers or not axes.query else 0
+        parts.append(x.narrow(heads, start, count))
+    mine = parts[rank]
+    row = prod(mine.shape[1:]) * x.element_size()
+    rows = [
+        -(-size // axes.per) if source in peers or not axes.query else 0
+        for source, size in enumerate(layout.token_sizes)
+    ]
+    sizes = [part.numel() * x.element_size() for part in parts]
+    handle = wire.issue(pack(parts, sizes), sizes, [count * row for count in rows])
+
+    def arrive():
+        return wire.wait(handle).view(x.dtype).view(sum(rows), *mine.shape[1:]).movedim(0, axes.tokens)
+
+    return arrive
+
+
+def to_tokens(wire, layout: Layout, o: torch.Tensor, chunk: int = 0, chunks: int = 1) -> Callable:
+    """Start to exchange the row's tokens of this column's heads back for this rank's tokens of all heads.
+
+    o        [B, S of the row, h, D]
+    returns  a function that waits and writes the chunk's heads into a tensor [B, s, H, D]
+    At batch 1 nothing is packed: the rows of each rank lie together already.
+    """
+    rank, columns = wire.rank, layout.ulysses
+    peers, tokens = layout.peers(rank), layout.token_sizes
+    B, _, h, D = o.shape
+    width = B * D * o.element_size()
+    counts = [end - start for start, end in (layout.head_chunk(column, chunk, chunks) for column in range(columns))]
+    send_sizes = [tokens[other] * h * width if other in peers else 0 for other in range(layout.ranks)]
+    receive_sizes = [
+        tokens[rank] * counts[source % columns] * width if source in peers else 0 for source in range(layout.ranks)
+    ]
+    handle = wire.issue(as_bytes(o.transpose(0, 1).contiguous()), send_sizes, receive_sizes)
+
+    def arrive(into: torch.Tensor) -> None:
+        received = wire.wait(handle).view(o.dtype).split([tokens[rank] * B * count * D for count in counts])
+        for column, part in enumerate(received):
+            start, end = layout.head_chunk(column, chunk, chunks)
+            into[:, :, start:end] = part.view(tokens[rank], B, end - start, D).transpose(0, 1)
+
+    return arrive
+
+
+def pack(parts: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
+    """The parts one after the other as flat uint8, each copied once."""
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=parts[0].device)
+    for part, room in zip(parts, buffer.split(sizes)):
+        room.view(part.dtype).view(part.shape).copy_(part)
+    return buffer
+
+
+def shared(backend, sequence, chunks: int = 0, travel=None):
+    """An attention backend whose tokens lie on several ranks: called like `backend`, with this rank's tokens.
+
+    backend   the record of an attention (dax.attention.Backend), which then sees all tokens of some heads
+    chunks    head chunks, so that the attention of one hides the exchange of the next; 0 and 1 exchange all at once
+    travel    the backend whose operands travel; the same one by default. With 8-bit operands half the bytes do, and
+              what is attended is bit for bit what one process would attend: the range of V and the shift of K come
+              from all tokens, tile by tile in their order
+    """
+    travel = travel or backend
+    axes = [
+        Axes(tokens, heads, per, query=index < travel.num_query_operands)
+        for index, (heads, tokens, per) in enumerate(travel.layout)
+    ]
+    wire, chunks = sequence.wire, max(chunks, 1)
+
+    def stats(k, v, heads, turn):
+        found = travel.stats(k, v, heads, turn)
+        if found is None:
+            return None
+        per_tile, widest = found
+        tiles = [-(-size // travel.token_align) for size in sequence.layout.token_sizes]
+        entries = per_tile.shape[1] // tiles[wire.rank]
+        every = gather(wire, widest.unsqueeze(0), (1,) * wire.ranks, 0)
+        return gather(wire, per_tile, tuple(count * entries for count in tiles), 1), every.amax(0)
+
+    def prepare(q, k, v, heads, turn, stats, scale=None):
+        operands = travel.prepare(q, k, v, heads, turn, stats, scale)
+        return Exchange(wire, sequence.layout, operands, axes, chunks, done=type(turn)())
+
+    def attend(exchange, num_keys, scale=None):
+        def run(operands):
+            if travel is not backend:
+                operands = prepared_here(backend, operands, exchange.done, scale)
+            return backend.attend(operands, exchange.layout.tokens, scale)
+
+        return exchange.attend(run)
+
+    return replace(backend, stats=stats, prepare=prepare, attend=attend)
+
+
+def prepared_here(backend, operands, turn, scale):
+    """What arrived as q, k, v [B, S, h, D], normed and turned already, as the backend wants it."""
+    heads = operands[0].shape[2]
+    q, k, v = (x.flatten(2) for x in operands)
+    return backend.prepare(q, k, v, heads, turn, backend.stats(k, v, heads, turn), scale)
+
+
+class Exchange:
+    """One attention's operands on their way: the first head chunk is issued at once, each other one attention ahead.
+
+    done   a Turn that leaves queries and keys as they are: these have been normed and turned
+    """
+
+    def __init__(self, wire, layout: Layout, operands: tuple, axes: list[Axes], chunks: int, done=None):
+        self.wire, self.layout, self.operands, self.axes, self.chunks = wire, layout, operands, axes, chunks
+        self.done = done
+        self.arriving = self.issue(0)
+
+    def issue(self, chunk: int) -> list[Callable]:
+        """Start the exchange of a head chunk of every operand."""
+        return [
+            to_heads(self.wire, self.layout, x, axes, chunk, self.chunks) for x, axes in zip(self.operands, self.axes)
+        ]
+
+    def attend(self, run: Callable) -> torch.Tensor:
+        """run(operands) of every chunk: this rank's tokens of all heads, [B, s, H, D]."""
+        wire, layout, leaving, o = self.wire, self.layout, [], None
+        for chunk in range(self.chunks):
+            arriving, last = self.arriving, chunk + 1 == self.chunks
+            self.arriving = None if last else self.issue(chunk + 1)
+            operands = tuple(wait() for wait in arriving)
+            start, end = layout.head_chunk(wire.rank % layout.ulysses, chunk, self.chunks)
+            o = run(operands) if end > start else o[:, :, :0]  # a column with few heads has none in its last chunks
+            leaving.append(to_tokens(wire, layout, o, chunk, self.chunks))
+        whole = o.new_empty(o.shape[0], layout.token_sizes[wire.rank], layout.heads, o.shape[3])
+        for arrive in leaving:
+            arrive(whole)
+        return whole

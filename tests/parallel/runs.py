@@ -1,0 +1,57 @@
+"""What ranks started by `run_ranks` do in the tests: join, then meet the fault that is planted on rank 1."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def meet(fault, note, agreed=None):
+    """Rank 1 meets the fault in the second of three rounds of a collective, and notes when; the other waits for it."""
+    from dax.parallel import board
+    from dax.parallel.join import joined, place
+
+    here = place()
+    with joined(here, "cpu", agreed[here.rank] if agreed else {}):
+        import torch
+        import torch.distributed as dist
+
+        mine, total = board.mine(), torch.ones(1)
+        for turn in range(3):
+            mine.enter(f"round {turn + 1}", patience_s=2.0)
+            if turn == 1 and here.rank == 1:
+                Path(note).write_text(str(time.monotonic()))
+                strike(fault)
+            mine.tick()
+            dist.all_reduce(total)
+        return here.count, total.item()
+
+
+def strike(fault):
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "exit":
+        sys.exit(0)
+    if fault == "raise":
+        raise ValueError("the dog ate it\nall of it")
+    if fault == "refuse":
+        from dax.errors import DaxError
+
+        raise DaxError("out_of_memory", "1x1x1 does not fit: a larger machine")
+    if fault == "hang":
+        time.sleep(60)
+
+
+def wait_forever(path):
+    """Every rank writes its process id and waits."""
+    part = Path(path) / f"{os.environ['RANK']}.part"
+    part.write_text(str(os.getpid()))
+    part.rename(part.with_suffix(""))
+    time.sleep(300)
+
+
+if __name__ == "__main__":  # a run of its own, for whoever kills it
+    from dax.parallel.launch import run_ranks
+
+    run_ranks(wait_forever, (sys.argv[1],), 2)

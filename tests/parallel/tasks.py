@@ -1,0 +1,231 @@
+"""What the ranks of the tests do. Functions of this module are sent to every rank by name."""
+
+import time
+from dataclasses import replace
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from dax.attention.backend import Turn, backend_of
+from dax.parallel.sequence import Sequence
+from dax.parallel.topology import Layout
+from dax.parallel.ulysses import shared
+from dax.parallel.wire import DelayedWire, Wire, gather
+
+
+def attend_with(backend, q, k, v):
+    """Attention of a backend on q, k, v [B, s, H, D]."""
+    heads, num_keys, turn = q.shape[2], k.shape[1], Turn()
+    q, k, v = (x.flatten(2) for x in (q, k, v))
+    return backend.attend(backend.prepare(q, k, v, heads, turn, backend.stats(k, v, heads, turn)), num_keys, None)
+
+
+def qkv(B, S, H, D=16, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(S)
+    return [torch.randn(B, S, H, D, generator=generator).to(dtype) for _ in range(3)]
+
+
+def sequence_of(wire, S, H, ulysses, rows, align=1):
+    sequence = Sequence(wire, H, ulysses, rows, align)
+    sequence.layout = Layout(S, H, ulysses, rows, align)  # unchecked: a rank may have no token at all
+    return sequence
+
+
+def attention(B, S, H, ulysses, rows, align, chunks, dtype=torch.float32):
+    """Largest difference to one process."""
+    q, k, v = qkv(B, S, H, dtype=dtype)
+    whole = attend_with(backend_of("sdpa"), q, k, v)
+    sequence = sequence_of(Wire(dist.group.WORLD), S, H, ulysses, rows, align)
+    o = attend_with(shared(backend_of("sdpa"), sequence, chunks), *(sequence.shard(x, 1) for x in (q, k, v)))
+    joined = sequence.gather(o, 1)
+    return (joined.float() - whole.float()).abs().max().item()
+
+
+def gather_of(sizes, dtype, dim):
+    wire = Wire(dist.group.WORLD)
+    whole = torch.arange(sum(sizes) * 6).view(2, sum(sizes), 3).to(dtype).movedim(1, dim)
+    start = sum(sizes[: wire.rank])
+    share = whole.narrow(dim, start, sizes[wire.rank])
+    return torch.equal(gather(wire, share, sizes, dim), whole)
+
+
+def delayed(S, H, chunks, attend_s, exchange_s):
+    """Seconds of attention when the whole exchange takes exchange_s on the link and attending all heads attend_s."""
+    q, k, v = qkv(1, S, H)
+    inner = Wire(dist.group.WORLD)
+    bytes_each = 4 * q[:, : S // inner.ranks].numel() * 4 * (inner.ranks - 1) // inner.ranks
+    wire = DelayedWire(inner, bytes_each / exchange_s)
+    sequence = sequence_of(wire, S, H, inner.ranks, 1)
+
+    def attend(operands, num_keys, scale):
+        time.sleep(attend_s * operands[0].shape[2] * inner.ranks / H)
+        return operands[0]
+
+    backend = shared(replace(backend_of("sdpa"), attend=attend), sequence, chunks)
+    shares = [sequence.shard(x, 1) for x in (q, k, v)]
+    dist.barrier()
+    start = time.perf_counter()
+    attend_with(backend, *shares)
+    return time.perf_counter() - start, wire.busy_s, wire.exposed_s
+
+
+def vae_decode(columns, dtype=torch.float32):
+    """(relative difference of the split decode to the whole one, layers split, whether undo gave the VAE back)."""
+    from dax.edits import Edits
+    from dax.parallel.vae import apply_vae
+    from tests.conftest import build_random_pipe
+
+    vae = build_random_pipe().vae.to(dtype)
+    z = torch.randn(1, 16, 3, 5, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        whole = vae.decode(z, return_dict=False)[0]
+        edits = Edits()
+        count = apply_vae(vae, Wire(dist.group.WORLD), edits)
+        split = vae.decode(z, return_dict=False)[0]
+        again = vae.decode(z).sample
+        edits.undo()
+        restored = torch.equal(vae.decode(z, return_dict=False)[0], whole)
+    return ((split - whole).norm() / whole.norm()).item(), count, restored and torch.equal(split, again)
+
+
+def vae_too_narrow():
+    """(whether 3 columns on more ranks give the whole clip, whether the warning says so)"""
+    import warnings
+
+    from dax.edits import Edits
+    from dax.parallel.vae import apply_vae
+    from tests.conftest import build_random_pipe
+
+    vae = build_random_pipe().vae
+    z = torch.randn(1, 16, 1, 5, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        whole = vae.decode(z, return_dict=False)[0]
+        apply_vae(vae, Wire(dist.group.WORLD), Edits())
+        same = torch.equal(vae.decode(z, return_dict=False)[0], whole)
+    return same, "3 latent columns on 4 ranks; none instead" in str([w.message for w in caught])
+
+
+def build_pipe(heads=12):
+    """The random pipeline with a transformer of that many heads of 16."""
+    from diffusers import WanTransformer3DModel
+
+    from tests.conftest import RANDOM_TRANSFORMER, build_random_pipe
+
+    pipe = build_random_pipe()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        shape = RANDOM_TRANSFORMER | {"num_attention_heads": heads, "attention_head_dim": 16}
+        pipe.transformer = WanTransformer3DModel(**shape).eval().requires_grad_(False)
+        with torch.no_grad():
+            for block in pipe.transformer.blocks:
+                block.scale_shift_table[:, [2, 5]] += 1.0
+                block.attn1.to_out[0].weight.mul_(3.0)
+    return pipe
+
+
+def run_pipe(pipe, guidance_scale=4.0, output_type="latent", steps=2):
+    """80 x 48 x 9 is 45 tokens: odd."""
+    text = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
+    return pipe(
+        prompt_embeds=text[:1],
+        negative_prompt_embeds=text[1:],
+        height=80,
+        width=48,
+        num_frames=9,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(3),
+        output_type=output_type,
+    ).frames
+
+
+def cached(parallel, cache):
+    """Relative difference of the latents under a step cache to those of one process under the same cache."""
+    import dax
+
+    pipe = build_pipe()
+    with dax.optimize(pipe, cache=cache, parallel=parallel) as engine:
+        together = run_pipe(pipe, steps=4)
+        computed = engine.gate.last.computed
+    from dax import optimize
+
+    with mock.patch.object(optimize, "num_ranks", lambda: 1), dax.optimize(pipe, cache=cache):
+        alone = run_pipe(pipe, steps=4)
+    full = run_pipe(pipe, steps=4)
+    return relative(together, alone), relative(alone, full), computed
+
+
+def model(parallel, guidance_scale=4.0, kernel="sdpa", heads=12):
+    """(relative difference of the latents to one process, of the frames, whether undo gives the model back, summary)"""
+    import dax
+
+    pipe = build_pipe(heads)
+    alone = run_pipe(pipe, guidance_scale)
+    frames = torch.from_numpy(run_pipe(pipe, guidance_scale, "np"))
+    engine = dax.optimize(pipe, attention={"kernel": kernel}, parallel=parallel)
+    together = run_pipe(pipe, guidance_scale)
+    more = torch.from_numpy(run_pipe(pipe, guidance_scale, "np"))
+    summary = engine.summary()
+    engine.undo()
+    restored = torch.equal(run_pipe(pipe, guidance_scale), alone)
+    return relative(together, alone), (more - frames).abs().max().item(), restored, summary
+
+
+def relative(x, reference):
+    return ((x - reference).norm() / reference.norm()).item()
+
+
+def faulty(fault):
+    """Relative difference of the velocity to one process when something is wrong on one rank."""
+    import dax
+    from dax.parallel import ulysses
+
+    pipe = build_pipe()
+    latents, time_step = torch.randn(1, 16, 3, 10, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    text = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
+    alone = pipe.transformer(latents, time_step, text).sample
+    engine = dax.optimize(pipe.transformer)
+    original = ulysses.to_heads
+    wrong = dist.get_rank() == 1
+
+    def rope_off_by_one(rope, inputs, tables):
+        return tuple(table.roll(1, dims=1) for table in tables) if wrong else tables
+
+    def heads_swapped(wire, layout, x, axes, *chunk):
+        return original(wire, layout, x.flip(axes.heads) if wrong and axes.query else x, axes, *chunk)
+
+    if fault == "rope":
+        pipe.transformer.rope.register_forward_hook(rope_off_by_one)
+    elif fault == "heads":
+        ulysses.to_heads = heads_swapped
+    try:
+        together = pipe.transformer(latents, time_step, text).sample
+    finally:
+        ulysses.to_heads = original
+        engine.undo()
+    return relative(together, alone)
+
+
+def collectives():
+    """Collectives of (one cross-attention, one self-attention, a whole forward) of a model of two layers."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    import dax
+
+    pipe = build_pipe()
+    latents, time_step, text = torch.randn(1, 16, 3, 10, 6), torch.tensor([500]), torch.randn(1, 5, 32)
+    counts = []
+    with dax.optimize(pipe.transformer, parallel={"overlap": 0}), torch.no_grad():
+        block = pipe.transformer.blocks[0]
+        pipe.transformer(latents, time_step, text)
+        share = torch.randn(1, 45 // 2 + (dist.get_rank() == 0), 192)
+        for call in (
+            lambda: block.attn2(share, torch.randn(1, 5, 192), None, None),
+            lambda: block.attn1(share, None, None, None),
+            lambda: pipe.transformer(latents, time_step, text),
+        ):
+            with CommDebugMode() as seen:
+                call()
+            counts.append(seen.get_total_counts())
+    return counts

@@ -1,0 +1,150 @@
+"""Ranks that die, raise, hang or disagree end the run in seconds, in one line that names rank, stage and cause."""
+
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from dax.errors import DaxError
+from dax.parallel.board import Board
+from dax.parallel.join import agree, check_gpus, place
+from dax.parallel.launch import run_ranks
+from tests.parallel import runs
+
+BUDGET_S = 5.0  # from the fault to the line, the promise of the contract
+
+
+@pytest.fixture
+def failing(tmp_path):
+    """failing(fault, agreed): (the DaxError of a run with that fault, seconds from the fault to it). Nobody is left."""
+
+    def run(fault, agreed=None):
+        before, note = set(psutil.Process().children(recursive=True)), tmp_path / "note"
+        note.write_text("nan")
+        with pytest.raises(DaxError) as caught:
+            run_ranks(runs.meet, (fault, str(note), agreed), 2)
+        now = time.monotonic()
+        left = set(psutil.Process().children(recursive=True)) - before
+        assert not [process for process in left if "spawn_main" in " ".join(process.cmdline())]
+        return caught.value, now - float(note.read_text())
+
+    return run
+
+
+@pytest.mark.fault(52)
+@pytest.mark.fault(49)
+def test_two_runs_at_once_and_no_rank_outlives_its_parent(tmp_path):
+    other = subprocess.Popen([sys.executable, "-m", "tests.parallel.runs", str(tmp_path)])
+    assert run_ranks(runs.meet, (None, str(tmp_path / "note.part")), 2) == (2, 8.0)
+    deadline = time.monotonic() + 60
+    while len([path for path in tmp_path.iterdir() if not path.suffix]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks = [psutil.Process(int((tmp_path / name).read_text())) for name in "01"]
+    other.kill()
+    other.wait()
+    _, left = psutil.wait_procs(ranks, timeout=BUDGET_S)
+    assert left == []
+
+
+@pytest.mark.fault(46)
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    (
+        ("kill", "rank 1 killed by SIGKILL during round 2"),
+        ("exit", "rank 1, during round 2: left early with exit code 0"),
+    ),
+)
+def test_a_rank_that_is_gone_is_named(failing, fault, line):
+    error, seconds = failing(fault)
+    print(f"{fault}: {seconds:.1f} s from the fault to the line")
+    assert str(error).startswith(line) and error.exit_code == 7
+    assert seconds < BUDGET_S
+
+
+@pytest.mark.fault(47)
+def test_the_first_cause_is_told_and_no_other(failing):
+    error, seconds = failing("raise")
+    assert str(error) == "rank 1, during round 2: ValueError: the dog ate it" and error.exit_code == 7
+    assert seconds < BUDGET_S
+    error, _ = failing("refuse")
+    assert str(error) == "1x1x1 does not fit: a larger machine" and error.exit_code == 5
+
+
+@pytest.mark.fault(48)
+def test_a_rank_that_hangs_is_named(failing):
+    error, seconds = failing("hang")
+    assert str(error).startswith("rank 1 hangs: no progress for 2 s during round 2") and error.exit_code == 7
+
+
+@pytest.mark.fault(50)
+def test_ranks_that_disagree_say_about_what(failing):
+    error, _ = failing(None, [{"request": "a dog", "plan": "1"}, {"request": "a cat", "plan": "1"}])
+    assert str(error) == "rank 1 has request a cat, rank 0 has a dog" and error.exit_code == 7
+
+
+@pytest.mark.fault(50)
+def test_agreement_compares_every_name():
+    from torch.distributed import HashStore
+
+    store, same = HashStore(), {"code": "a", "plan": "b"}
+    agree(store, 0, same)
+    agree(store, 1, dict(same))
+    for name in same:
+        with pytest.raises(DaxError, match=f"rank 3 has {name} x, rank 0 has {same[name]}"):
+            agree(store, 3, same | {name: "x"})
+
+
+@pytest.mark.fault(53)
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    (
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "LOCAL_RANK is not set"),
+        ({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK = 'x'"),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "do not fit"),
+    ),
+)
+def test_a_place_that_makes_no_sense_is_refused(monkeypatch, variables, line):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert place().count == 1
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DaxError, match=line) as caught:
+        place()
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.fault(53)
+def test_more_ranks_than_gpus():
+    check_gpus(8, "cpu", 0)
+    check_gpus(2, None, 2)
+    for found, line in ((2, "8 ranks need 8 GPUs: this machine has 2;"), (0, "has none that torch can see")):
+        with pytest.raises(DaxError, match=line) as caught:
+            check_gpus(8, None, found)
+        assert caught.value.exit_code == 4
+
+
+@pytest.mark.fault(61)
+def test_a_clock_that_jumps_makes_nobody_hang(tmp_path, monkeypatch):
+    ranks = [Board(tmp_path / "board", 2, rank) for rank in range(2)]
+    for board in ranks:
+        board.enter("denoise step 3 of 50", patience_s=60)
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    assert ranks[0].hung() is None
+
+
+def test_the_rank_that_started_least_is_the_one_that_hangs(tmp_path):
+    ranks = [Board(tmp_path / "board", 3, rank) for rank in range(3)]
+    watching = Board(tmp_path / "board", 3)
+    for board in ranks:
+        board.enter("load", patience_s=0.0)
+        board.tick()
+    for board in (ranks[0], ranks[2]):
+        board.tick()
+    assert watching.hung() == 1 and watching.read(1).stage == "load"
+    ranks[2].enter("load", patience_s=60)
+    assert watching.hung() is None, "one of them makes progress"
+    assert Board(tmp_path / "other", 2, 0).hung() is None, "rank 1 has not begun"

@@ -1,0 +1,82 @@
+"""The stock pipeline on several ranks makes the clip one process makes, whatever the ranks divide."""
+
+import numpy
+import pytest
+
+from dax.generate.run import Job, generate
+from tests.parallel import tasks
+
+TOPOLOGIES = [
+    (2, {"cfg": 2}),
+    (2, {"cfg": 1, "ulysses": 2}),
+    (2, {"cfg": 1, "rows": 2, "overlap": 1}),
+    (4, {"cfg": 2, "ulysses": 2, "overlap": 3}),
+    (4, {"cfg": 1, "ulysses": 2, "rows": 2}),
+    (8, {"cfg": 1, "ulysses": 8, "overlap": 2}),
+]
+
+
+@pytest.mark.parametrize(("count", "parallel"), TOPOLOGIES, ids=str)
+def test_the_clip_is_that_of_one_process(ranks, count, parallel):
+    for latents, frames, restored, summary in ranks(count).run(tasks.model, parallel):
+        assert latents < 1e-5
+        assert frames < 1e-4
+        assert restored
+        assert "parallel.vae = split" in summary and f"on {count} ranks" in summary
+
+
+def test_without_guidance(ranks):
+    for latents, _, _, _ in ranks(2).run(tasks.model, {"cfg": 1}, 1.0):
+        assert latents < 1e-5
+
+
+def test_guidance_parallel_needs_guidance(ranks):
+    with pytest.raises(AssertionError, match="parallel.cfg = 2 needs guidance"):
+        ranks(2).run(tasks.model, {"cfg": 2}, 1.0)
+
+
+@pytest.mark.fault(51)
+def test_degrees_that_do_not_fit_the_ranks(ranks):
+    with pytest.raises(AssertionError, match="parallel.ulysses = 3: not possible on 2 ranks with 12 heads; usable:"):
+        ranks(2).run(tasks.model, {"ulysses": 3})
+
+
+@pytest.mark.parametrize("fault", ("rope", "heads"))
+def test_a_planted_fault_on_one_rank_is_seen(ranks, fault):
+    assert all(difference < 1e-5 for difference in ranks(2).run(tasks.faulty, None))
+    assert all(difference > 1e-3 for difference in ranks(2).run(tasks.faulty, fault))
+
+
+def test_cross_attention_needs_no_other_rank(ranks):
+    for cross, own, forward in ranks(2).run(tasks.collectives):
+        assert (cross, own) == (0, 4)  # q, k, v and the output
+        assert forward == 2 * 4 + 1  # and the tokens, joined after the head
+
+
+def test_gpus_makes_the_clip_of_one_process(random_folder, tmp_path):
+    """The ranks of `--gpus 2`, from the prompt to the file: text, noise, loop, decoder."""
+    given = {"prompt": "a star", "height": 64, "width": 64, "num_frames": 9, "steps": 2}
+    clips, records = [], []
+    for gpus in (1, 2):
+        path = tmp_path / f"{gpus}.npz"
+        job = Job(given, str(path), str(random_folder), device="cpu", sets=("parallel.cfg=1",) * (gpus > 1), gpus=gpus)
+        records.append(generate(job))
+        clips.append(numpy.load(path)["frames"].astype(int))
+    apart = abs(clips[0] - clips[1])
+    assert apart.max() <= 1 and (apart > 0).mean() < 0.001
+    assert clips[0].std() > 1, "a blank clip would say nothing"
+    alone, together = records
+    assert (alone["ranks"], together["ranks"]) == (1, 2) and alone["computed"] == together["computed"]
+    assert together["plan"]["parallel"]["ulysses"] == 2
+
+
+@pytest.mark.parametrize("reuse", ("velocity", "residual"))
+@pytest.mark.parametrize("parallel", ({"cfg": 2}, {"cfg": 1, "ulysses": 2}), ids=str)
+def test_with_a_step_cache(ranks, parallel, reuse):
+    """The gate stands outside: every rank predicts the same steps, and both branches are there when it does."""
+    cache = {"policy": "mask", "mask": "1101", "reuse": reuse}
+    answers = ranks(2).run(tasks.cached, parallel, cache)
+    for difference, effect, _ in answers:
+        assert difference < 1e-5 < effect
+    for branch in ("cond", "uncond"):  # a rank that only receives a branch does not know that its residual was reused
+        assert min(computed[branch] for _, _, computed in answers) == 3

@@ -1,0 +1,51 @@
+"""Attention over ranks equals attention in one process, for every layout; head chunks hide the exchange."""
+
+import pytest
+import torch
+
+from tests.parallel import tasks
+
+LAYOUTS = [  # ranks, B, S, H, ulysses, rows, align, chunks
+    (2, 1, 37, 4, 2, 1, 1, 1),
+    (2, 1, 37, 12, 2, 1, 8, 3),
+    (2, 2, 21, 3, 2, 1, 1, 2),
+    (2, 1, 37, 4, 1, 2, 1, 1),
+    (4, 1, 65, 12, 4, 1, 16, 2),
+    (4, 2, 50, 5, 2, 2, 1, 2),
+    (4, 1, 40, 3, 1, 4, 1, 3),
+    (4, 1, 40, 12, 4, 1, 16, 1),  # the last rank has no token
+    (8, 1, 75, 12, 8, 1, 1, 2),  # 12 heads on 8 ranks: 2 2 2 2 1 1 1 1
+    (8, 1, 75, 12, 4, 2, 8, 3),
+    (8, 1, 75, 12, 2, 4, 1, 1),
+]
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_attention_equals_one_process(ranks, case):
+    count, *layout = case
+    for difference in ranks(count).run(tasks.attention, *layout):
+        assert difference <= 2e-7
+
+
+@pytest.mark.parametrize("count", (2, 4))
+def test_bfloat16_travels_too(ranks, count):
+    for difference in ranks(count).run(tasks.attention, 1, 37, 4, count, 1, 1, 1, torch.bfloat16):
+        assert difference < 0.01
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn))
+def test_gather_joins_uneven_shares_of_any_type(ranks, dtype):
+    assert all(ranks(4).run(tasks.gather_of, (3, 1, 0, 4), dtype, 1))
+    assert all(ranks(4).run(tasks.gather_of, (3, 1, 0, 4), dtype, 0))
+
+
+def test_head_chunks_hide_the_exchange(ranks):
+    """A link as slow as PCIe takes half as long as attention does: 8 chunks leave little of it to be seen."""
+    attend_s, exchange_s = 0.4, 0.2
+    for chunks, most_exposed in ((1, 1.1), (8, 0.3)):
+        for total_s, busy_s, exposed_s in ranks(2).run(tasks.delayed, 64, 16, chunks, attend_s, exchange_s):
+            assert busy_s == pytest.approx(exchange_s, rel=0.01)
+            assert exposed_s <= most_exposed * busy_s
+            if chunks == 1:
+                assert exposed_s >= 0.95 * busy_s  # without chunks, all of it is seen
+            assert total_s >= attend_s

@@ -1,0 +1,260 @@
+"""dax compare: the same noise for every plan, nothing run twice, and a report that fits its schema and its browser."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+from dax.bench import compare_run
+from dax.bench.compare import Job, compare
+from dax.bench.compare_files import check_folder, write_report
+from dax.bench.compare_page import error_map, page, shrink
+from dax.bench.compare_record import Comparison
+from dax.bench.compare_variants import FLOOR, arrangements
+from dax.bench.plots import Series, bars, curves
+from dax.bench.prompts import default_prompts, read_prompts
+from dax.errors import DaxError
+from dax.hardware import MACHINES, machine
+from dax.optimize import Resolved
+from tests.browser import browser, needs_browser
+
+SCHEMA = Path(__file__).parents[1] / "docs" / "schema" / "compare.json"
+HOSTILE = "</script><script>document.title='stolen'</script><img src=x onerror=alert(1)> \"quoted\" & 'more'"
+SMALL = {"height": 32, "width": 48, "num_frames": 9, "steps": 4}
+
+
+def plan_file(folder: Path, name: str, text: str) -> str:
+    (folder / f"{name}.yaml").write_text(text)
+    return str(folder / f"{name}.yaml")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "prompts.txt").write_text(f"# two\n\na red circle moves right over a black background\n{HOSTILE}\n")
+    skip = plan_file(folder, "skip", "cache:\n  policy: mask\n  mask: '1101'\n")
+    return Job(("exact", skip), folder / "report", SMALL, str(folder / "prompts.txt"), attribute=1)
+
+
+@pytest.fixture(scope="module")
+def report(job):
+    """(Comparison, clips), written to the job's folder."""
+    check_folder(job.output)
+    comparison, clips = compare(job)
+    write_report(job.output, comparison, clips)
+    return comparison, clips
+
+
+def test_the_reference_is_itself_the_floor_is_near_and_a_skipped_step_is_farther(report):
+    comparison, clips = report
+    exact, floor, skip = (comparison.variant(name) for name in ("exact", FLOOR, "skip"))
+    assert exact.fidelity.psnr_worst_db == 100 and exact.fidelity.latent_error == 0
+    assert 0 < floor.fidelity.latent_error < skip.fidelity.latent_error
+    assert 100 > floor.fidelity.psnr_db > skip.fidelity.psnr_db > 5
+    assert exact.computed == {"cond": 4, "uncond": 4} and skip.computed == {"cond": 3, "uncond": 3}
+    assert skip.differs == {"cache.policy": "mask", "cache.mask": "1101"}
+    assert all(len(cell.latent_error) == 4 and len(cell.frame_psnr_db) == 9 for cell in skip.cells)
+    # the same noise: until the first predicted step the latents are the reference's, bit for bit
+    assert [cell.latent_error[:2] for cell in skip.cells] == [[0, 0], [0, 0]]
+    assert all(cell.latent_error[2] > 0 for cell in skip.cells)
+    worst = skip.fidelity.worst_frame
+    frames = [np.asarray(clips[name][worst.prompt][worst.frame], float) for name in ("exact", "skip")]
+    assert worst.psnr_db == pytest.approx(10 * np.log10(255**2 / np.mean((frames[0] - frames[1]) ** 2)))
+    assert not np.array_equal(clips["exact"][0], clips["exact"][1])
+
+
+def test_the_record_fits_the_published_schema(report, job):
+    published = json.loads(SCHEMA.read_text())
+    assert published == Comparison.model_json_schema(), "docs/schema/compare.json is not of this version"
+    record = json.loads((job.output / "report.json").read_text())
+    jsonschema.validate(record, published)
+    del record["variants"][1]["fidelity"]["psnr_db"]
+    with pytest.raises(jsonschema.ValidationError, match="psnr_db"):
+        jsonschema.validate(record, published)
+
+
+@pytest.mark.fault(59)
+def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(job, tmp_path, monkeypatch):
+    job = replace(job, output=tmp_path / "report", given={**SMALL, "steps": 2}, plans=("exact",), attribute=0)
+    ran, whole = [], compare_run.Runner.clip
+
+    def clip(self, pipe, index, request, reference=None):
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append(index)
+        return whole(self, pipe, index, request, reference)
+
+    monkeypatch.setattr(compare_run.Runner, "clip", clip)
+    with pytest.raises(KeyboardInterrupt):
+        compare(job)
+    ran.clear()
+    first, _ = compare(job)
+    assert ran == [1]
+    torn = next((job.output / "cells").glob("*/cell.json"))
+    torn.write_bytes(torn.read_bytes()[:100])
+    ran.clear()
+    compare(job)
+    assert len(ran) == 1
+
+    def never(*_, **__):
+        raise AssertionError("a finished comparison loads no model")
+
+    monkeypatch.setattr(compare_run.run, "load", never)
+    again, _ = compare(job)
+    assert [each.fidelity for each in again.variants] == [each.fidelity for each in first.variants]
+    with pytest.raises(AssertionError, match="loads no model"):  # another seed is another clip
+        compare(replace(job, given={**job.given, "seed": 9}))
+
+
+def test_bad_input_is_refused_before_a_model_is_loaded(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_run.run, "load", lambda *_: pytest.fail("loaded"))
+    short = plan_file(tmp_path, "short", "cache:\n  policy: mask\n  mask: '11'\n")
+    for plans, says in (
+        (("exact", "exact"), "given already"),
+        (("exat",), "did you mean 'exact'"),
+        ((short,), "cache.mask has 2 letters, the run has 4 steps"),
+    ):
+        with pytest.raises(DaxError, match=says):
+            compare(replace(job, plans=plans, output=tmp_path / "none"))
+    with pytest.raises(DaxError, match="height 33 must be a multiple of 16"):
+        compare(replace(job, given={"height": 33}, output=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a red circle\nbad \xff\xfe\nfine\nnul \0\n", r"line 2 is not UTF-8; line 4: the prompt holds a NUL"),
+        (b"# only a remark\n\n", "0 prompts"),
+        (b"x" * 10_001, "line 1: the prompt has 10001 characters"),
+    ],
+)
+def test_every_bad_line_of_a_prompts_file_is_named(tmp_path, content, says):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(DaxError, match=says):
+        read_prompts(tmp_path / "prompts.txt")
+    with pytest.raises(DaxError, match="No such file"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def test_the_prompts_that_ship():
+    tuned, held_out = read_prompts(default_prompts("tiny")), read_prompts(default_prompts("tiny", held_out=True))
+    assert (len(tuned), len(held_out)) == (8, 16) and not set(tuned) & set(held_out)
+    assert len(read_prompts(default_prompts("some/model"))) == 8
+
+
+def test_a_folder_of_other_things_or_with_a_report_is_left_alone(report, job, tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    for folder, says in (
+        (tmp_path, "holds 'letter.txt' and no report of DAX"),
+        (tmp_path / "letter.txt", "is not a folder"),
+        (tmp_path / "a" / "b", "there is no folder"),
+        (job.output, "holds a report; pass --overwrite"),
+    ):
+        with pytest.raises(DaxError, match=says):
+            check_folder(folder)
+    check_folder(job.output, overwrite=True)
+
+
+def test_each_knob_stands_alone_once_and_what_cannot_is_named(tmp_path):
+    def resolve(plan):
+        if plan.compile == "blocks" and plan.cache.policy == "none":
+            raise DaxError("unsupported", "not alone")
+        kernel = "cudnn" if plan.attention.kernel == "auto" else plan.attention.kernel
+        return Resolved(plan.model_copy(update={"attention": plan.attention.model_copy(update={"kernel": kernel})}))
+
+    skip = "cache: {policy: mask, mask: '10'}\n"
+    both = plan_file(tmp_path, "both", skip + "attention: {kernel: sage}\n")
+    every = plan_file(tmp_path, "every", skip + "attention: {kernel: sage}\ncompile: blocks\n")
+    found, splits = arrangements(["exact", both, every], resolve, MACHINES["h200"], "bfloat16", 128)
+    assert [each.name for each in found] == ["exact", FLOOR, "both", "every", "attention", "cache", "blocks"]
+    assert splits[0].knobs == {"attention": "attention", "cache": "cache"} and splits[0].refused == {}
+    assert splits[1].knobs == {**splits[0].knobs, "blocks": "blocks"}  # run once for both plans
+    assert splits[1].refused == {"compile": "not alone"}
+    plans = {each.name: each.plan for each in found}
+    assert (plans["cache"].cache.mask, plans["cache"].attention.kernel) == ("10", "cudnn")
+    assert plans[FLOOR].attention.kernel == "flash" and not found[1].rounded
+    cpu, none = arrangements(["exact"], resolve, machine("cpu"), "float32", 128)
+    assert cpu[1].rounded and "rounded to bf16" in cpu[1].description and none == []
+
+
+def test_error_maps_and_large_clips():
+    clip = np.zeros((2, 40, 960, 3), np.uint8)
+    other = clip.copy()
+    other[1, 3, 5] = 255
+    heat = error_map(clip, other)
+    assert (heat[0] == heat[0, 0, 0]).all() and tuple(heat[1, 3, 5]) == (252, 255, 164)
+    assert shrink(other).shape == (2, 20, 480, 3) and shrink(other)[1, 1, 2].max() == 64
+    assert shrink(clip[:, :, :48]) is not None and shrink(clip[:, :, :48]).shape == (2, 40, 48, 3)
+
+
+def test_plots_show_every_series_and_no_label_covers_another():
+    series = [Series(f"plan <{i}>", f"c{i}", [0.0, 0.1 + 0.001 * i, 0.2]) for i in range(4)]
+    drawn = curves(series, ([0.01] * 3, [0.02] * 3), "step", "error", log=True)
+    assert drawn.count("<polyline") == 4 and 'class="band"' in drawn and "plan &lt;3&gt;" in drawn
+    heights = sorted(float(part.split('y="')[1].split('"')[0]) for part in drawn.split("<text")[1:] if "name" in part)
+    assert min(b - a for a, b in zip(heights, heights[1:])) >= 14
+    assert "nan" not in bars([("a", "c1", 0.0, "0 %")], (0.0, 0.0), "zero").lower()
+    assert curves([Series("flat", "c1", [100.0, 100.0])], None, "x", "y").count("<polyline") == 1
+
+
+def test_the_page_escapes_what_people_typed(report):
+    html = page(*report)
+    assert HOSTILE not in html and "&lt;/script&gt;&lt;script&gt;" in html
+    assert html.count("<script>") == 1 and "http" not in html.replace("http-equiv", "")
+
+
+@needs_browser
+def test_in_a_browser_the_clips_play_in_step_and_nothing_leaves_the_page(report, job):
+    with browser() as window:
+        window.open((job.output / "report.html").as_uri())
+        ready = "return shown().length == 5 && shown().every(v => v.readyState >= 3)"
+        window.wait_for(ready)
+        window.run("play(true)")
+        times = []
+        for _ in range(8):
+            window.wait_for("return new Promise(done => setTimeout(() => done(true), 150))")
+            times.append(window.run("return shown().map(v => v.currentTime)"))
+        frame = 1 / float(window.run("return fps"))
+        assert max(max(now) - min(now) for now in times) <= 1.5 * frame, times
+        assert len({round(now[0], 3) for now in times}) > 3, "the clock does not run"
+        window.run("document.querySelector('#next').click()")
+        window.wait_for("return shown().every(v => v.paused && Math.abs(v.currentTime - shown()[0].currentTime) < .01)")
+        other = window.run("const s = document.querySelector('#prompt'); s.value = s.value == '0' ? '1' : '0';"
+                           "s.dispatchEvent(new Event('change')); return shown()[0].src")  # fmt: skip
+        assert other.startswith("data:video/mp4")
+        window.wait_for(ready)
+        assert window.run("return shown().map(v => v.error)") == [None] * 5
+        assert window.run("return document.title") == "DAX compare: tiny"
+        assert window.requests() == [(job.output / "report.html").as_uri()]
+        assert [entry["message"] for entry in window.log("browser")] == []
+
+
+@needs_browser
+def test_the_browser_test_can_fail(report, job, tmp_path):
+    """A page that reaches out, or breaks its policy, is seen by the very checks above."""
+    html = (job.output / "report.html").read_text()
+    policy = html[html.index("<meta http-equiv") : html.index("<meta name")]
+    (tmp_path / "leaky.html").write_text(
+        html.replace(policy, "").replace("<main>", '<main><img src="file:///nowhere.png">')
+    )
+    (tmp_path / "bad.html").write_text(html.replace("<main>", "<main><script>document.title='stolen'</script>"))
+    with browser() as window:
+        window.open((tmp_path / "leaky.html").as_uri())
+        assert "file:///nowhere.png" in window.requests()
+        window.log("browser")
+        window.open((tmp_path / "bad.html").as_uri())
+        assert window.run("return document.title") == "DAX compare: tiny"
+        assert any("Content Security Policy" in entry["message"] for entry in window.log("browser"))
+
+
+def test_the_sheet_shows_every_plan(report, job):
+    from PIL import Image
+
+    with Image.open(job.output / "report.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    rows = [r for r in np.abs(pixels[46:, 230:].astype(int) - 255).sum((1, 2)).nonzero()[0]]
+    assert len(rows) >= 2 * 128 - 2
