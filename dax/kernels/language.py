@@ -16,6 +16,8 @@ try:
         warpgroup_mma_init,
         warpgroup_mma_wait,
     )
+
+    load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.7
 except ImportError:
 
     class Absent:
@@ -23,12 +25,13 @@ except ImportError:
         constexpr = staticmethod(lambda value: value)
 
     triton = tl = gluon = gl = Absent
-    fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_init = warpgroup_mma_wait = None
+    fence_async_shared = load_tile = mbarrier = tma = warpgroup_mma = warpgroup_mma_init = warpgroup_mma_wait = None
 
 __all__ = [
     "fence_async_shared",
     "gl",
     "gluon",
+    "load_tile",
     "mbarrier",
     "tl",
     "tma",
