@@ -100,3 +100,26 @@ def test_a_bad_file_of_scales_is_refused(tmp_path, content):
     (tmp_path / "scales.json").write_text(content)
     with pytest.raises(DaxError, match="scales .*scales.json"):
         quant.Scales.load(tmp_path / "scales.json")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_diffusers_loads_saves_and_loads_again_with_fp32_scales(random_folder, tmp_path, scheme):
+    from diffusers import WanTransformer3DModel
+
+    config = quant.register()({"blocks": scheme})
+    first = WanTransformer3DModel.from_pretrained(
+        random_folder / "transformer", quantization_config=config, dtype=torch.bfloat16
+    )
+    assert type(first.blocks[0].ffn.net[2]) is quant.QuantLinear and first.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="not support|not supported|quantized"):
+        first.to(torch.float16)
+    first.save_pretrained(tmp_path / "saved")
+    again = WanTransformer3DModel.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    theirs, ours = first.state_dict(), again.state_dict()
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert tensor.dtype == ours[name].dtype and torch.equal(tensor.double(), ours[name].double()), name
+    assert ours["blocks.0.ffn.net.2.weight_scale"].dtype == torch.float32
+    engine = dax.optimize(again, linear={"scheme": scheme}, strict=True)
+    with pytest.raises(DaxError, match="quantised before it was loaded"):
+        engine.undo()
