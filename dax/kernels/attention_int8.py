@@ -7,7 +7,8 @@ operands, same result up to rounding. `qk_quantize` and `v_quantize` make the op
 import torch
 
 from dax.errors import DaxError
-from dax.kernels import attention_int8_triton
+from dax.kernels import attention_int8_hopper, attention_int8_triton
+from dax.kernels.language import Absent, gl
 from dax.kernels.op import Cost, define
 from dax.kernels.qk_quantize import k_quantize_reference, q_quantize_reference
 from dax.kernels.v_quantize import ORDER, v_quantize_reference
@@ -24,6 +25,7 @@ def attention_int8_reference(
     v: torch.Tensor,
     v_scale: torch.Tensor,
     num_keys: int,
+    portable: bool = False,
 ) -> torch.Tensor:
     """Attention of quantized operands, not causal, without a mask.
 
@@ -31,6 +33,7 @@ def attention_int8_reference(
     k, k_scale  [B, H, T, 128, D] int8, [B, H, T] fp32    k_quantize
     v, v_scale  [B, H, T, D, 128] fp8 or fp16, [B, H, D]  v_quantize
     num_keys    of the T 128 that are real
+    portable    the Triton kernel even where Hopper's would run
     returns     [B, S, H, D] bf16
     p = 2^(s - max s + 8) is rounded to v's dtype, and the sum of those very p divides the output.
     4 B H S num_keys D operations at 8 bits. DaxError("bad_request") for operands that do not fit together.
@@ -38,7 +41,7 @@ def attention_int8_reference(
     return attention(q, q_scale, k, k_scale, v, v_scale, num_keys, v.dtype).to(torch.bfloat16)
 
 
-def attention_exact(q, q_scale, k, k_scale, v, v_scale, num_keys) -> torch.Tensor:
+def attention_exact(q, q_scale, k, k_scale, v, v_scale, num_keys, portable=False) -> torch.Tensor:
     """The same without rounding p: fp32 [B, S, H, D]."""
     return attention(q, q_scale, k, k_scale, v, v_scale, num_keys, torch.float32)
 
@@ -65,11 +68,24 @@ def launch(
     v: torch.Tensor,
     v_scale: torch.Tensor,
     num_keys: int,
+    portable: bool = False,
 ) -> torch.Tensor:
     check(q, q_scale, k, k_scale, v, v_scale, num_keys)
     operands = [x.contiguous() for x in (q, q_scale, k, k_scale, v, v_scale)]
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return attention_int8_triton.launch(*operands, num_keys, 10 * major + minor)
+    sm = compute_capability(q.device)
+    if hopper(sm) and not portable and v.dtype == torch.float8_e4m3fn:
+        return attention_int8_hopper.launch(*operands, num_keys)
+    return attention_int8_triton.launch(*operands, num_keys, sm)
+
+
+def hopper(sm: int) -> bool:
+    """Whether the kernel for Hopper runs: its instructions exist on compute capability 9.0 alone."""
+    return sm == 90 and gl is not Absent
+
+
+def compute_capability(device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def check(q, q_scale, k, k_scale, v, v_scale, num_keys) -> None:
@@ -94,18 +110,17 @@ def check(q, q_scale, k, k_scale, v, v_scale, num_keys) -> None:
         raise DaxError("bad_request", f"{where}: they are {kinds}; expected int8 and fp32 on one device")
 
 
-def cost(q, q_scale, k, k_scale, v, v_scale, num_keys) -> Cost:
+def cost(q, q_scale, k, k_scale, v, v_scale, num_keys, portable=False) -> Cost:
     B, H, S, D = q.shape
     moved = sum(x.numel() * x.element_size() for x in (q, q_scale, k, k_scale, v, v_scale)) + 2 * q.numel()
     return Cost(4 * B * H * S * num_keys * D, moved, "int8")
 
 
-def case(B, S, N, H, D, *, v_dtype=torch.float8_e4m3fn, scale=1.0):
+def case(B, S, N, H, D, *, v_dtype=torch.float8_e4m3fn, scale=1.0, portable=False):
     def arguments(generator, device):
         q, k, v = (torch.randn(B, n, H, D, generator=generator, device=device) * scale for n in (S, N, N))
-        if v_dtype == torch.float8_e4m3fn and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-            return arguments_of(q, k, v, torch.float16)
-        return arguments_of(q, k, v, v_dtype)
+        has_fp8 = device != "cuda" or compute_capability(device) >= 89
+        return *arguments_of(q, k, v, v_dtype if has_fp8 else torch.float16), portable
 
     return arguments
 
@@ -131,7 +146,8 @@ ATTENTION_INT8 = define(
         "500 to 1361": case(1, 500, 1361, 2, 128),
         "fp16 values": case(1, 130, 300, 2, 64, v_dtype=torch.float16),
         "zeros": case(1, 65, 129, 1, 128, scale=0.0),
-        "ten thousand": case(1, 65, 200, 1, 128, scale=1e4),
+        "portable, 63 in two batches": case(2, 63, 63, 2, 64, portable=True),
+        "portable, 500 to 1361": case(1, 500, 1361, 2, 128, portable=True),
     },
     cost=cost,
     exact=attention_exact,

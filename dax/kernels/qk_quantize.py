@@ -24,7 +24,8 @@ from dax.kernels.qk_norm_rope import (
 TILE = 128  # keys that share a scale, and what attention takes at a time
 LOG2_E = 1.4426950408889634
 SMALLEST = 1e-20  # of a scale, so that zeros have one
-BLOCK, NUM_WARPS = 4096, 4  # elements a program holds at a time
+BLOCK, Q_WARPS = 1024, 1  # elements a program holds at a time; a single warp needs no barriers
+K_WARPS = 4
 
 
 def q_quantize_reference(
@@ -58,10 +59,14 @@ def k_quantize_reference(k: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Ten
     """
     B, S, H, D = k.shape
     T = num_tiles(S)
-    x = transformed(k.float() - mean[:, None]).transpose(1, 2)
-    x = torch.cat((x, x[:, :, -1:].expand(B, H, T * TILE - S, D)), dim=2).view(B, H, T, TILE, D)
+    x = repeated(transformed(k.float() - mean[:, None]).transpose(1, 2)).view(B, H, T, TILE, D)
     step = (x.abs().amax((-1, -2)) / 127).clamp_min(SMALLEST)
     return codes(x / step[..., None, None]), step
+
+
+def repeated(x):
+    """x [B, H, s, D] with its last token repeated until the last tile is full."""
+    return torch.cat((x, x[:, :, -1:].expand(-1, -1, -x.shape[2] % TILE, -1)), dim=2)
 
 
 def codes(x):
@@ -201,7 +206,7 @@ def launch_q_quantize(
         q_quantize_kernel[triton.cdiv(S, rows), B](
             q, weight, cos, sin, quantized, scales, S, q.stride(0), q.stride(1), eps, scale * LOG2_E * 32**-0.5,
             C=C, D=D, CHUNK=chunk, ROWS=rows, NORM=weight is not None, ROPE=cos is not None,
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
+            num_warps=Q_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return quantized, scales
 
@@ -215,7 +220,7 @@ def launch_k_quantize(k: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor
     with torch.cuda.device_of(k):
         k_quantize_kernel[H, T, B](
             k, mean, quantized, steps, S, k.stride(0), k.stride(1), k.stride(2),
-            D=D, TILE=TILE, num_warps=NUM_WARPS, enable_fp_fusion=True,
+            D=D, TILE=TILE, num_warps=K_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return quantized, steps
 
@@ -272,6 +277,6 @@ K_QUANTIZE = define(
         "zeros": k_case(1, 130, 2, 64, scale=0.0),
     },
     cost=lambda k, mean: Cost(20 * k.numel(), (k.element_size() + 1) * k.numel(), "fp32"),
-    exact=lambda k, mean: transformed(k.float() - mean[:, None]).transpose(1, 2),
+    exact=lambda k, mean: repeated(transformed(k.float() - mean[:, None]).transpose(1, 2)),
     decode=lambda outputs: (outputs[0].float() * outputs[1][..., None, None]).flatten(2, 3),
 )

@@ -1,6 +1,6 @@
-"""What 8-bit attention must know of all tokens: the sum of the keys and the range of the values, channel by channel.
+"""What 8-bit attention must know of all tokens: the mean of the keys and the range of the values, channel by channel.
 
-Sums are kept per 128 tokens, always the same 128, so that any split of the tokens over ranks adds up to the same bits.
+Means are kept per 128 tokens, always the same 128, so that any split of the tokens over ranks comes to the same bits.
 """
 
 import torch
@@ -10,18 +10,20 @@ from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
 
 TILE = 128
-NUM_WARPS = 4
+NUM_WARPS = 2
 
 
-def token_sums_reference(x: torch.Tensor) -> torch.Tensor:
-    """Sums over each 128 tokens, in fp32.
+def token_means_reference(x: torch.Tensor) -> torch.Tensor:
+    """Means over each 128 tokens, the last over what is left, in fp32.
 
     x        [B, s, H, D]       tokens may be strided
     returns  [B, T, H, D] fp32  T = ceil(s / 128)
     Reads x once: 2 B s H D bytes in bf16.
     """
     B, S, H, D = x.shape
-    return F.pad(x.float(), (0, 0, 0, 0, 0, -S % TILE)).view(B, -1, TILE, H, D).sum(2)
+    sums = F.pad(x.float(), (0, 0, 0, 0, 0, -S % TILE)).view(B, -1, TILE, H, D).sum(2)
+    counts = (S - TILE * torch.arange(sums.shape[1], device=x.device)).clamp_max(TILE)
+    return sums / counts[:, None, None]
 
 
 def token_amax_reference(x: torch.Tensor) -> torch.Tensor:
@@ -48,7 +50,7 @@ def token_stats_kernel(
     column = tl.arange(0, D)
     at = X + batch * stride_b + token.to(tl.int64) * stride_s + head * stride_h + column[None, :]
     x = tl.load(at, token < S, 0.0).to(tl.float32)
-    result = tl.reduce(tl.abs(x), 0, larger) if AMAX else tl.sum(x, 0)
+    result = tl.reduce(tl.abs(x), 0, larger) if AMAX else tl.sum(x, 0) / tl.minimum(S - tile * TILE, TILE)
     tl.store(Out + ((batch * tl.num_programs(1) + tile) * tl.num_programs(0) + head) * D + column, result)
 
 
@@ -64,7 +66,7 @@ def tile_stats(x: torch.Tensor, amax: bool) -> torch.Tensor:
     return out
 
 
-def launch_sums(x: torch.Tensor) -> torch.Tensor:
+def launch_means(x: torch.Tensor) -> torch.Tensor:
     return tile_stats(x, amax=False)
 
 
@@ -91,5 +93,5 @@ def cost(x) -> Cost:
     return Cost(x.numel(), x.numel() * x.element_size(), "fp32")
 
 
-TOKEN_SUMS = define(token_sums_reference, launch_sums, cases=CASES, cost=cost)
+TOKEN_MEANS = define(token_means_reference, launch_means, cases=CASES, cost=cost)
 TOKEN_AMAX = define(token_amax_reference, launch_amax, cases=CASES, cost=cost)
