@@ -39,6 +39,17 @@ def test_gather_joins_uneven_shares_of_any_type(ranks, dtype):
     assert all(ranks(4).run(tasks.gather_of, (3, 1, 0, 4), dtype, 0))
 
 
+@pytest.mark.parametrize("wire", ("8bit", "plain"))
+@pytest.mark.parametrize(
+    "case", ((2, 1, 61, 4, 2, 1, 1), (4, 2, 61, 5, 2, 2, 2), (8, 1, 75, 12, 8, 1, 2), (8, 1, 75, 3, 1, 8, 1)), ids=str
+)
+def test_eight_bits_on_the_wire_change_no_bit(ranks, case, wire):
+    """Scales, shift and range come from all tokens, whoever holds them: any number of ranks gives the same integers."""
+    count, *layout = case
+    for equal, error in ranks(count).run(tasks.eight_bit_wire, *layout, wire):
+        assert equal and 1e-4 < error < 0.05
+
+
 def test_head_chunks_hide_the_exchange(ranks):
     """A link as slow as PCIe takes half as long as attention does: 8 chunks leave little of it to be seen."""
     attend_s, exchange_s = 0.4, 0.2
