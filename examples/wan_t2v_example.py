@@ -52,7 +52,7 @@ def plan_of(args, environment=os.environ):
         raise DaxError("bad_request", f"ATTENTION_BACKEND={backend}: unknown{nearest(backend, ATTENTION)}")
     if args.overlap_comm and not args.sequence_parallel:
         raise DaxError("bad_request", "--overlap_comm needs --sequence_parallel: one rank exchanges nothing")
-    wanted = {"attention.kernel": ATTENTION[backend]}
+    wanted = {"attention.kernel": ATTENTION[backend], "blocks.fused": False}  # it ran the vendor's own blocks
     if args.sequence_parallel:
         wanted["parallel.overlap"] = "auto" if args.overlap_comm else 0
     if args.int8_linear:

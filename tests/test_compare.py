@@ -162,7 +162,7 @@ def test_a_folder_of_other_things_or_with_a_report_is_left_alone(report, job, tm
 def test_each_knob_stands_alone_once_and_what_cannot_is_named(tmp_path):
     def resolve(plan):
         if plan.compile == "blocks" and plan.cache.policy == "none":
-            raise DaxError("bad_request", "not alone")
+            raise DaxError("unsupported", "not alone")
         kernel = "cudnn" if plan.attention.kernel == "auto" else plan.attention.kernel
         return Resolved(plan.model_copy(update={"attention": plan.attention.model_copy(update={"kernel": kernel})}))
 
@@ -170,9 +170,10 @@ def test_each_knob_stands_alone_once_and_what_cannot_is_named(tmp_path):
     both = plan_file(tmp_path, "both", skip + "attention: {kernel: sage}\n")
     every = plan_file(tmp_path, "every", skip + "attention: {kernel: sage}\ncompile: blocks\n")
     found, splits = arrangements(["exact", both, every], resolve, MACHINES["h200"], "bfloat16", 128)
-    assert [each.name for each in found] == ["exact", FLOOR, "both", "every", "attention", "cache"]
-    assert [split.knobs for split in splits] == [{"attention": "attention", "cache": "cache"}] * 2
-    assert [split.refused for split in splits] == [{}, {"compile": "not alone"}]
+    assert [each.name for each in found] == ["exact", FLOOR, "both", "every", "attention", "cache", "blocks"]
+    assert splits[0].knobs == {"attention": "attention", "cache": "cache"} and splits[0].refused == {}
+    assert splits[1].knobs == {**splits[0].knobs, "blocks": "blocks"}  # run once for both plans
+    assert splits[1].refused == {"compile": "not alone"}
     plans = {each.name: each.plan for each in found}
     assert (plans["cache"].cache.mask, plans["cache"].attention.kernel) == ("10", "cudnn")
     assert plans[FLOOR].attention.kernel == "flash" and not found[1].rounded

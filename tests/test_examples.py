@@ -53,10 +53,10 @@ def test_a_backend_nobody_knows_is_refused(command):
 
 
 def test_every_flag_becomes_part_of_the_plan(command):
-    flags = ["--sequence_parallel", "--overlap_comm", "--enable_teacache", "--compile"]
+    flags = ["--sequence_parallel", "--overlap_comm", "--enable_teacache", "--compile", "--int8_linear"]
     plan = command.plan_of(command.parse(flags), {})
     assert (plan.cache.policy, plan.cache.threshold, plan.compile) == ("teacache", 0.1, "blocks")
-    assert plan.parallel.overlap == "auto"
+    assert (plan.parallel.overlap, plan.linear.scheme, plan.blocks.fused) == ("auto", "int8", False)
     assert command.plan_of(command.parse(["--sequence_parallel"]), {}).parallel.overlap == 0
     with pytest.raises(DaxError, match="--overlap_comm needs --sequence_parallel"):
         command.plan_of(command.parse(["--overlap_comm"]), {})

@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import median
 
 from dax.bench import quality
-from dax.bench.compare_cells import Cells, key_of
+from dax.bench.compare_cells import Cells
 from dax.bench.compare_record import SCHEMA, Attribution, Cell, Comparison, Fidelity, Knob, Variant, Worst
-from dax.bench.compare_run import Runner, versions
+from dax.bench.compare_run import Runner, keys_of, versions
 from dax.bench.compare_variants import Arrangement, Split, arrangements, differences
 from dax.bench.judge import judge_clips
 from dax.bench.prompts import default_prompts, read_prompts
@@ -106,43 +106,15 @@ def compare(job: Job, log=lambda text: None, ready=lambda: None) -> tuple[Compar
 
 def run_all(runner: Runner, found: list[Arrangement], requests: list, job: Job, common: dict, log):
     """({name: its Cells}, {name: its clips}) of every arrangement; finished ones from the folder, the others run."""
-    store = Cells(job.output / "cells")
-    keys: dict[str, list[str]] = {}
-    for each in found:
-        chosen = requests[: job.attribute] if each.role == "knob" else requests
-        keys[each.name] = [
-            key_of(
-                plan=each.plan.model_dump(mode="json"),
-                rounded=each.rounded,
-                request=asdict(request),
-                reference=None if each.plan == found[0].plan and not each.rounded else keys[found[0].name][index],
-                **common,
-            )
-            for index, request in enumerate(chosen)
-        ]
+    store, exact = Cells(job.output / "cells"), found[0]
+    chosen = {each.name: requests[: job.attribute] if each.role == "knob" else requests for each in found}
+    keys = {each.name: keys_of(each, exact, chosen[each.name], common) for each in found}
     waiting = {key for some in keys.values() for key in some if store.read(key) is None}
     log(f"{len(found)} arrangements, {len(requests)} prompts: {len(waiting)} clips to run")
     if waiting:
         runner.warm_up(requests[0])
-    done = 0
     for each in found:
-        todo = [index for index, key in enumerate(keys[each.name]) if store.read(key) is None]
-        if not todo:
-            continue
-        with runner.arranged(each, requests[0]) as pipe:
-            for index in todo:
-                key, reference = keys[each.name][index], None
-                exact = keys[found[0].name][index]
-                if key != exact:
-                    reference = store.frames(exact), store.array(exact, "trajectory")
-                cell, frames, trajectory = runner.clip(pipe, index, requests[index], reference)
-                kept = {"frames": frames} if reference else {"frames": frames, "trajectory": trajectory}
-                store.write(key, cell, **kept)
-                done += 1
-                log(
-                    f"{done}/{len(waiting)} {each.name}: prompt {index + 1}, {cell.seconds['denoise']:.1f} s, "
-                    f"{cell.psnr_db:.1f} dB"
-                )
+        runner.run_missing(store, each, chosen[each.name], keys[each.name], keys[exact.name])
     cells = {name: [store.read(key) for key in some] for name, some in keys.items()}
     return cells, {name: [store.frames(key) for key in some] for name, some in keys.items()}
 

@@ -7,10 +7,11 @@ memory on a GPU, and its sums come in another order (3e-7 on the tiny model), so
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dax.bench import quality
+from dax.bench.compare_cells import Cells, key_of
 from dax.bench.compare_record import Cell
 from dax.bench.compare_variants import Arrangement
 from dax.generate import run
@@ -98,6 +99,23 @@ class Runner:
             with rounded_attention(pipe) if arrangement.rounded else no_change():
                 yield pipe
 
+    def run_missing(self, store: Cells, each: Arrangement, requests: list, keys: list[str], exact: list[str]) -> None:
+        """Run and keep the clips of an arrangement that the store lacks; `exact` are the keys of the reference's."""
+        todo = [index for index, key in enumerate(keys) if store.read(key) is None]
+        if not todo:
+            return
+        with self.arranged(each, requests[0]) as pipe:
+            for index in todo:
+                own, reference = keys[index] == exact[index], None
+                if not own:
+                    reference = store.frames(exact[index]), store.array(exact[index], "trajectory")
+                cell, frames, trajectory = self.clip(pipe, index, requests[index], reference)
+                store.write(keys[index], cell, frames=frames, **({"trajectory": trajectory} if own else {}))
+                self.log(
+                    f"{each.name}: prompt {index + 1} of {len(requests)}, {cell.seconds['denoise']:.1f} s, "
+                    f"{cell.psnr_db:.1f} dB"
+                )
+
     def clip(self, pipe, index: int, request: Request, reference=None):
         """(Cell, frames [T, H, W, 3] uint8, trajectory [steps, 16, F, h, w] fp32) of one prompt.
 
@@ -138,6 +156,25 @@ def distances(frames, trajectory, other_frames, other_trajectory) -> dict:
         "latent_error": [quality.relative_l2(a, b) for a, b in zip(trajectory, other_trajectory)],
         "cosine": quality.cosine(trajectory[-1], other_trajectory[-1]),
     }
+
+
+def keys_of(each: Arrangement, exact: Arrangement, requests: list, common: dict) -> list[str]:
+    """The key of an arrangement's cell for every request: all it depends on, so also the reference it is held against.
+
+    common   of model, device, dtype and versions
+    """
+    own = each.plan == exact.plan and not each.rounded
+    references = [None] * len(requests) if own else keys_of(exact, exact, requests, common)
+    return [
+        key_of(
+            plan=each.plan.model_dump(mode="json"),
+            rounded=each.rounded,
+            request=asdict(request),
+            reference=reference,
+            **common,
+        )
+        for request, reference in zip(requests, references)
+    ]
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""dax tune: the cheapest plan that holds a stated fidelity, found by measuring."""

@@ -1,0 +1,140 @@
+"""The search for the cheapest plan that holds a fidelity: knobs measured alone first, then few whole runs.
+
+Pure: it chooses which combination to run next and asks for the measurement. Squared errors of knobs are taken to add
+up; what they do together beyond that is learnt from the whole runs, so interactions are seen, not assumed away.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import product
+
+SLACK_DB = 3.0  # p10 may lie this far under the target
+CURIOUS_DB = 1.5  # how far under the target a cheaper combination may be predicted and still be tried
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of a knob: plan keys and their values. No values: as exact has it."""
+
+    knob: str
+    name: str
+    values: dict
+
+    def __hash__(self):
+        return hash((self.knob, self.name))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A combination: one Option of every knob. `cost` is its share of exact's work; PSNR in dB, None if not run."""
+
+    options: tuple[Option, ...]
+    cost: float
+    predicted_db: float | None = None
+    psnr_db: float | None = None
+    p10_db: float | None = None
+
+    @property
+    def name(self) -> str:
+        return " + ".join(option.name for option in self.options if option.values) or "exact"
+
+    def holds(self, target: float) -> bool:
+        """Measured, its mean at the target or above, and its p10 no more than SLACK_DB under."""
+        return self.psnr_db is not None and self.psnr_db >= target and self.p10_db >= target - SLACK_DB
+
+
+@dataclass
+class Search:
+    """Everything found so far. `alone`: {Option: PSNR in dB by itself}; `points`: every combination, by its options."""
+
+    alone: dict[Option, float]
+    points: dict[tuple[Option, ...], Point]
+    runs: int = 0
+
+    def bias(self) -> float:
+        """dB by which whole runs differ from what their knobs predict: negative where knobs make each other worse."""
+        found = [
+            point.psnr_db - added_up(point.options, self.alone)
+            for point in self.points.values()
+            if point.psnr_db is not None and sum(bool(option.values) for option in point.options) > 1
+        ]
+        return sum(found) / len(found) if found else 0.0
+
+    def predicted(self) -> list[Point]:
+        """Every point with its prediction as of now, the cheapest first."""
+        bias = self.bias()
+        found = []
+        for point in self.points.values():
+            several = sum(bool(option.values) for option in point.options) > 1
+            db = added_up(point.options, self.alone) + (bias if several else 0.0)
+            found.append(replace(point, predicted_db=min(db, 100.0)))
+        return sorted(found, key=lambda point: (point.cost, -point.predicted_db))
+
+    def best(self, target: float, but: Iterable[tuple] = ()) -> Point | None:
+        """The cheapest measured point that holds the target and is not in `but`."""
+        fit = [point for point in self.points.values() if point.holds(target) and point.options not in set(but)]
+        return min(fit, key=lambda point: point.cost, default=None)
+
+    def front(self) -> list[Point]:
+        """The measured points that no other beats in both cost and PSNR, the cheapest first."""
+        measured = sorted(
+            (point for point in self.points.values() if point.psnr_db is not None),
+            key=lambda point: (point.cost, -point.psnr_db),
+        )
+        front: list[Point] = []
+        for point in measured:
+            if not front or point.psnr_db > front[-1].psnr_db:
+                front.append(point)
+        return front
+
+
+def added_up(options: Iterable[Option], alone: dict[Option, float]) -> float:
+    """PSNR in dB if the squared errors of the options simply add."""
+    total = sum(10 ** (-alone[option] / 10) for option in options if option.values)
+    return -10 * math.log10(total) if total else 100.0
+
+
+def begin(knobs: list[list[Option]], alone: Callable, cost: Callable) -> Search:
+    """Measure every option by itself, leave out what another option of its knob beats, and lay out all combinations.
+
+    alone   Option -> its PSNR in dB
+    cost    tuple of Options -> share of exact's work
+    """
+    found: dict[Option, float] = {}
+    kept: list[list[Option]] = []
+    neutral = tuple(options[0] for options in knobs)
+    for index, options in enumerate(knobs):
+        priced = []
+        for option in options:
+            price = cost((*neutral[:index], option, *neutral[index + 1 :]))
+            found[option] = alone(option) if option.values else 100.0
+            priced.append((price, -found[option], option))
+        chosen, best = [], -math.inf
+        for _, negative, option in sorted(priced, key=lambda each: each[:2]):
+            if -negative > best:
+                chosen.append(option)
+                best = -negative
+        kept.append(chosen)
+    return Search(found, {each: Point(each, cost(each)) for each in product(*kept)})
+
+
+def climb(search: Search, target: float, measure: Callable, max_runs: int) -> Point | None:
+    """Whole runs until the cheapest point that holds the target is known as well as `max_runs` allow; that point.
+
+    measure   tuple of Options -> (mean PSNR, p10) in dB
+    First the cheapest that is predicted to hold. Then cheaper ones that are predicted to come close, the nearest first.
+    """
+    while search.runs < max_runs:
+        best = search.best(target)
+        limit = best.cost if best else math.inf
+        cheaper = [point for point in search.predicted() if point.psnr_db is None and point.cost < limit]
+        likely = [point for point in cheaper if point.predicted_db >= target]
+        close = [point for point in cheaper if point.predicted_db >= target - CURIOUS_DB]
+        if not (likely or (best and close)):
+            break
+        chosen = likely[0] if likely else max(close, key=lambda point: point.predicted_db)
+        psnr_db, p10_db = measure(chosen.options)
+        search.points[chosen.options] = replace(chosen, psnr_db=psnr_db, p10_db=p10_db)
+        search.runs += 1
+    return search.best(target)
