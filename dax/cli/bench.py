@@ -1,4 +1,4 @@
-"""`dax bench start|linear|block|forward|claims`: figures with their ceilings. The work is in `dax.bench`."""
+"""`dax bench start|linear|block|forward|parallel|claims`: figures with their ceilings. The work is in `dax.bench`."""
 
 import json
 import sys
@@ -8,11 +8,11 @@ import typer
 
 from dax.errors import DaxError, nearest
 
-SUBJECTS = ("start", "linear", "block", "forward", "claims")
+SUBJECTS = ("start", "linear", "block", "forward", "parallel", "claims")
 
 
 def command(
-    subject: Annotated[str, typer.Argument(help="start, linear, block, forward or claims")],
+    subject: Annotated[str, typer.Argument(help="start, linear, block, forward, parallel or claims")],
     model: Annotated[str | None, typer.Option(help="a known name (random weights) or a diffusers folder")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
@@ -25,6 +25,7 @@ def command(
     waterfall: Annotated[bool, typer.Option("--waterfall", help="add each plan's techniques one by one")] = False,
     warm_up_s: Annotated[float, typer.Option("--warm-up", help="seconds back to back before each visit")] = 5.0,
     timed_s: Annotated[float, typer.Option("--seconds", help="seconds timed per row, over two visits")] = 5.0,
+    gpus: Annotated[int, typer.Option(help="parallel: how many")] = 2,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
@@ -50,6 +51,10 @@ def command(
         from dax.bench.linear import COLUMNS, bench
 
         result = bench(model, size, warm_up_s, timed_s, device, log)
+    elif subject == "parallel":
+        from dax.bench.parallel import COLUMNS, bench
+
+        result = bench(model, size, layers, (plan or ["exact"])[0], gpus, warm_up_s, timed_s, device, log)
     else:
         from dax.bench.contest import COLUMNS, bench
 
