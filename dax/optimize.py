@@ -76,7 +76,16 @@ def resolve(
     if compiled == "blocks" and machine.packages is not None and machine.compiler is None:
         fallbacks.append("compile = blocks: no C++ compiler found (install g++ or set CXX); none instead")
         compiled = "none"
-    parallel, said = planner.resolve_parallel(plan.parallel, facts, machine, ranks, eight_bit=kernel in EIGHT_BIT)
+    parallel, said = planner.resolve_parallel(
+        plan.parallel,
+        facts,
+        machine,
+        ranks,
+        travels=kernel in EIGHT_BIT,
+        attention="bf16" if attention.KERNELS[kernel].exact else "8bit",
+        linear="8bit" if linear.active else "bf16",
+        joint=plan.cache.policy == "none" or (plan.cache.uncond_every == 1 and plan.cache.drop_uncond == 0),
+    )
     notes += said
     resolved = plan.model_copy(
         update={
@@ -198,7 +207,8 @@ def apply(resolved: Resolved, target, machine: Machine, dtype: str, edits: Edits
 
         changes += [Change(*change) for change in apply_parallel(target, plan.parallel, machine.device, plain, edits)]
     if plan.compile == "blocks":
-        changes.append(Change("compile", "blocks", "transformer blocks", apply_compile(target.blocks(), edits), total))
+        count = apply_compile(target.blocks(), edits, overlap=plan.parallel.overlap != 0)
+        changes.append(Change("compile", "blocks", "transformer blocks", count, total))
     for change in changes:
         change.check()
     return changes

@@ -97,7 +97,7 @@ def test_a_planted_fault_ends_the_bench_before_any_timing(model, fault, monkeypa
     stock = rivals.arrange
     monkeypatch.setitem(rivals.RIVALS, "faulty", rivals.Row("faulty", "x", limit=rivals.EIGHT_BITS))
 
-    def arrange(model, row, device):
+    def arrange(model, row, device, alone=False):
         arranged, reason = stock(model, row, device)
         if row.name == "faulty":
             fault(arranged)

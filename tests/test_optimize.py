@@ -186,7 +186,7 @@ def test_a_failure_half_way_changes_nothing(random_pipe, monkeypatch, compiler):
 
 def test_counts_are_checked(random_pipe, monkeypatch):
     before = anatomy(random_pipe.transformer)
-    monkeypatch.setattr("dax.compile.apply_compile", lambda blocks, edits: 1)
+    monkeypatch.setattr("dax.compile.apply_compile", lambda blocks, edits, overlap: 1)
     monkeypatch.setattr("dax.optimize.machine", lambda device: Machine("cpu", "CPU", packages={}, compiler="g++"))
     with pytest.raises(DaxError, match="plan compile = blocks: 1 of 2 transformer blocks matched"):
         dax.optimize(random_pipe, compile="blocks")

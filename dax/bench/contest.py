@@ -35,10 +35,14 @@ COLUMNS = {
 
 @dataclass
 class Result:
-    """One row, measured. `error` is the relative L2 distance to eager of what the model adds to its input."""
+    """One row, measured. `error` is the relative L2 distance to eager of what the model adds to its input.
+
+    `arrange_s` is what optimize took, quantising included; `kinds` see breakdown.
+    """
 
     row: rivals.Row
     error: float
+    arrange_s: float
     first_call_s: float
     peak_gib: float | None
     kinds: dict
@@ -124,8 +128,13 @@ def run_rows(model, calls, origin, rows, device, warm_up_s, timed_s, log) -> tup
     with rivals.backends_restored():
         eager, _ = rivals.arrange(model, rivals.RIVALS["eager"], device)
         reference = calls(eager)().float() - origin
+        del eager
         for row in rows:
-            arranged, reason = rivals.arrange(model, row, device)
+            start = time.perf_counter()
+            arranged, reason = rivals.arrange(model, row, device, alone=len(rows) == 1)
+            if gpu:
+                torch.cuda.synchronize()
+            arrange_s = time.perf_counter() - start
             if reason:
                 left_out[row.name] = reason
                 log(f"left out {row.name}: {reason}")
@@ -146,7 +155,7 @@ def run_rows(model, calls, origin, rows, device, warm_up_s, timed_s, log) -> tup
                 raise DaxError(
                     "check_failed", f"{row.name}: result lies {error:.4f} from eager's, limit {row.limit}; not timed"
                 )
-            ready[row.name], known_of[row.name] = call, (row, error, first_call_s, peak_gib)
+            ready[row.name], known_of[row.name] = call, (row, error, arrange_s, first_call_s, peak_gib)
         if not ready:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
             raise DaxError("unsupported", f"no row runs here: {reasons}")
@@ -175,6 +184,7 @@ def line(result: Result, operations: list, machine, facts: Facts, num_layers: in
         "video_s": each * facts.num_layers * 2 * facts.defaults.steps / 1e3,
         "error": result.error,
         "error_limit": result.row.limit,
+        "arrange_s": result.arrange_s,
         "first_call_s": result.first_call_s,
         **{f"{kind}_ms_per_layer": parts / num_layers for kind, parts in result.kinds.items() if kind != "kernels"},
         "ceiling_of_kind_ms_per_layer": {

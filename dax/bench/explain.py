@@ -12,6 +12,7 @@ from dax.bench.model import facts_of
 from dax.bench.size import checked_size
 from dax.errors import DaxError, nearest
 from dax.facts import Facts
+from dax.parallel.planner import Ranks
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
 
 FORWARDS_PER_STEP = 2  # guidance runs the model with the prompt and without
@@ -25,6 +26,8 @@ def explain(
     steps: int | None,
     hardware: str | None,
     strict: bool = False,
+    gpus: int = 1,
+    per_node: int = 8,
 ) -> dict:
     """Everything `dax explain` prints, as one JSON-ready object. DaxError for a bad model, plan, size or card."""
     facts = facts_of(model or "tiny")
@@ -34,8 +37,13 @@ def explain(
     steps = steps or facts.defaults.steps
     asked, provenance = Plan.from_layers(layers_of(plan, sets))
     machine = card(hardware)
-    resolved, notes, fallbacks = resolved_plan(asked, facts, machine, strict)
     tokens = facts.tokens(**asdict(pixels))
+    if gpus < 1 or per_node < 1:
+        raise DaxError("bad_request", f"--gpus {gpus}, --gpus-per-node {per_node}: at least 1")
+    if gpus > 1 and machine is None:
+        raise DaxError("bad_request", f"--gpus {gpus}: name the card to expect something of, as in --hardware h200")
+    ranks = Ranks(gpus, min(per_node, gpus), tokens=tokens)
+    resolved, notes, fallbacks = resolved_plan(asked, facts, machine, strict, ranks)
     operations = roofline.forward_operations(
         facts,
         **asdict(pixels),
@@ -73,7 +81,37 @@ def explain(
             "seconds_at_least": forwards * forward_s if machine else None,
         },
         "parts": parts,
+        "num_ranks": gpus,
+        "ranks_per_node": ranks.node,
+        "ranks": expected(resolved, facts, machine, ranks, forwards) if gpus > 1 else None,
     }
+
+
+def expected(plan: Plan, facts: Facts, machine, ranks: Ranks, forwards: int) -> list[dict]:
+    """What each way to use all ranks should take, the plan's own first, at rates that such cards were seen to reach."""
+    from dax.parallel.planner import cluster_of, predictions
+    from dax.parallel.topology import Topology, topologies
+
+    attention = "8bit" if plan.attention.kernel in roofline.ATTENTION else "bf16"
+    cluster = cluster_of(machine, attention, "8bit" if plan.linear.active else "bf16", ranks.node)
+    wire_bytes = 1 if plan.parallel.wire == "8bit" else 2
+    own = Topology(plan.parallel.cfg, plan.parallel.ulysses, plan.parallel.rows)
+    (chosen,) = predictions(facts, ranks.tokens, [own], cluster, plan.parallel.overlap, wire_bytes)
+    others = predictions(facts, ranks.tokens, topologies(ranks.count, facts.num_heads), cluster, None, wire_bytes)
+    (alone,) = predictions(facts, ranks.tokens, [Topology()], cluster)
+    return [
+        {
+            "topology": str(found.topology),
+            "chunks": found.chunks,
+            "layer_ms": found.layer_ms,
+            "exchange_ms": found.exchange_ms,
+            "exposed_ms": found.exposed_ms,
+            "denoise_s": forwards * facts.num_layers * alone.layer_ms / found.speedup / 1e3,
+            "speedup": found.speedup,
+            "efficiency_pct": found.efficiency_pct,
+        }
+        for found in (chosen, *(p for p in others if p.topology != own))
+    ]
 
 
 def layers_of(plan: str | None, sets: list[str]) -> list[tuple[str, dict]]:
@@ -103,13 +141,15 @@ def gpu_name() -> str | None:
     return next(iter(answer.stdout.splitlines()), None)
 
 
-def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool) -> tuple[Plan, list[str], list[str]]:
+def resolved_plan(
+    asked: Plan, facts: Facts, machine, strict: bool, ranks: Ranks
+) -> tuple[Plan, list[str], list[str]]:
     """(resolved plan, notes, fallbacks) on that card; as asked where no card is named."""
     if machine is None:
         return asked, [], []
     from dax.optimize import resolve
 
-    resolved = resolve(asked, facts, machine, strict)
+    resolved = resolve(asked, facts, machine, strict, ranks=ranks)
     return resolved.plan, list(resolved.notes), list(resolved.fallbacks)
 
 
@@ -193,6 +233,11 @@ def text(result: dict) -> str:
     lines.append(
         f"video: {video['forwards']} forwards, {video['pflop']:.4g} PFLOP" + at_least(video["seconds_at_least"])
     )
+    if result["ranks"]:
+        head = f"{result['num_ranks']} ranks, {result['ranks_per_node']} per node: expected, the plan's own way first"
+        columns = {"topology": "topology", "chunks": "chunks", "layer_ms": "ms/layer", "exchange_ms": "exchange ms"}
+        columns |= {"exposed_ms": "exposed ms", "denoise_s": "denoise s", "speedup": "times one", "efficiency_pct": "%"}
+        lines += ["", head, table(result["ranks"], columns)]
     return "\n".join(lines)
 
 

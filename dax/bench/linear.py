@@ -32,7 +32,7 @@ FFN_LIMIT = 0.08  # of 8-bit operands, against bf16
 
 @dataclass(frozen=True)
 class Product:
-    """One way to multiply: what the table calls it, its arithmetic, the call, what rows of it should be, how far off."""
+    """One way to multiply: what the table calls it, its arithmetic, the call, what rows of it should be, a limit."""
 
     label: str
     dtype: str

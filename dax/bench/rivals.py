@@ -104,12 +104,15 @@ def twin(model):
     return copy.deepcopy(model, shared)
 
 
-def arrange(model, row: Row, device: str) -> tuple[object, str | None]:
-    """(a twin of `model` arranged as the row says, None), or (None, why this machine cannot run the row)."""
+def arrange(model, row: Row, device: str, alone: bool = False) -> tuple[object, str | None]:
+    """(a twin of `model` arranged as the row says, None), or (None, why this machine cannot run the row).
+
+    alone   a DAX row may change the model itself, so that weights it replaces are freed
+    """
     if row.plan is not None:
         from dax.optimize import optimize
 
-        arranged = twin(model)  # which shares its weights with the others: none may be moved or kept
+        arranged = model if alone else twin(model)  # a twin shares its weights with others: none may be moved
         plan = row.plan.model_copy(update={"linear": row.plan.linear.model_copy(update={"keep_original": "none"})})
         optimize(arranged, plan, strict=True)
         return arranged, None

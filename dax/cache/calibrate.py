@@ -54,7 +54,8 @@ class Study:
     effort: Effort
 
     def plan(self, mask: str, predictor: str) -> StepPlan:
-        actions = row(self.trajectory, mask, predictor)
+        kind, noise = PREDICTORS[predictor]
+        actions = row(self.trajectory.noisy(noise), mask, kind)
         name = f"calibrated {predictor} plan, {mask.count('1')} of {len(mask)} steps"
         return StepPlan(actions, actions, name, self.setting, sigmas=tuple(map(float, self.trajectory.sigmas)))
 
@@ -108,7 +109,7 @@ def calibrate(
     trajectory = Trajectory(recording.sigmas, recording.gram, amplification(pipe, clips, recording, effort, log))
     reference = run(pipe, held_out, effort.batch)
     study = Study(pipe, clips, recording, held_out, reference, trajectory, setting, effort)
-    masks = {predictor: best_masks(trajectory, predictor) for predictor in PREDICTORS}
+    masks = {name: best_masks(trajectory.noisy(noise), kind) for name, (kind, noise) in PREDICTORS.items()}
     rungs = []
     for budget in sorted(effort.budgets, reverse=True):
         count = int(budget * clips.steps + 1e-9)
@@ -170,7 +171,7 @@ def climb(score: float, mask: str, evaluate: Callable[[str], float], tries: int,
 
 def notes(trajectory: Trajectory) -> list[str]:
     """What a user of the artifact should know."""
-    reuse, line = (100 * float(np.median(trajectory.change(predictor))) for predictor in ("reuse", "linear"))
+    reuse, line = (100 * float(np.median(trajectory.change(kind))) for kind in ("reuse", "linear"))
     if line < reuse:
         return []
     return [

@@ -29,7 +29,7 @@ class Run:
     step: int = 0
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of the step that is open, by branch
     fresh: set[str] = field(default_factory=set)  # branches the open step computed
-    branches: set[str] = field(default_factory=set)  # that step 0 had
+    branches: set[str] = field(default_factory=set)  # seen so far
     history: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BRANCHES, 0))
     predicted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BRANCHES, 0))
@@ -38,7 +38,7 @@ class Run:
 
     def close_step(self) -> None:
         """Keep what the step computed. Only now: with guidance on two ranks the outputs are filled after both calls."""
-        self.branches = self.branches or set(self.outputs)
+        self.branches |= set(self.outputs)
         for branch in self.fresh:
             kept = self.history.setdefault(branch, [])
             kept.insert(0, self.outputs[branch].to(torch.float32, copy=True))

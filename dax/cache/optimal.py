@@ -7,16 +7,21 @@ computed) finds the computed steps that make the sum of those squares least.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dax.cache.step_plan import COMPUTE, MOST_WEIGHTS, REUSE, Action, linear
 from dax.errors import DaxError
 
-PREDICTORS = ("reuse", "linear", "fitted")
+PREDICTORS = {  # name: (kind, noise: what a computed velocity is off by, relative to its size)
+    "reuse": ("reuse", 0.0),
+    "linear": ("linear", 0.0),
+    "fitted": ("fitted", 0.004),
+    "damped": ("fitted", 0.015),
+    "much damped": ("fitted", 0.05),
+}
 LONGEST = 12  # steps from one computed step to the next
-RIDGE = 1e-4  # pulls fitted weights to the line; relative to the velocities' square
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,15 @@ class Trajectory:
         """Root mean square of sum_i combination[i] * g_i."""
         return float(np.sqrt(max(combination @ self.gram @ combination, 0.0)))
 
-    def change(self, predictor: str) -> np.ndarray:
+    def noisy(self, noise: float) -> "Trajectory":
+        """The same with velocities that are each off by that part of their size, independently."""
+        return replace(self, gram=self.gram + np.diag(noise**2 * np.diag(self.gram)))
+
+    def change(self, kind: str) -> np.ndarray:
         """Relative error of predicting each step from the ones right before it, steps 2 and later."""
         found = []
         for step in range(2, self.steps):
-            error = self.error(step, weights(self, predictor, step, (step - 1, step - 2)), (step - 1, step - 2))
+            error = self.error(step, weights(self, kind, step, (step - 1, step - 2)), (step - 1, step - 2))
             found.append(self.rms(error) / np.sqrt(self.gram[step, step]))
         return np.array(found)
 
@@ -61,35 +70,31 @@ class Trajectory:
         return found
 
 
-def weights(trajectory: Trajectory, predictor: str, step: int, known: Sequence[int]) -> Action:
+def weights(trajectory: Trajectory, kind: str, step: int, known: Sequence[int]) -> Action:
     """The weights that predict `step` from the computed steps `known`, newest first.
 
-    fitted: least squares on the recorded velocities, pulled a little to the line.
+    fitted: least squares on the recorded velocities; their noise keeps the weights small. A computed step of a cached
+    run is off by more than rounding, since the run has left the recorded one.
     """
-    if predictor == "reuse" or len(known) < 2:
+    if kind == "reuse" or len(known) < 2:
         return REUSE
-    start = linear(trajectory.sigmas, step, known[0], known[1])
-    if predictor == "linear":
-        return tuple(map(float, start))
+    if kind == "linear":
+        return tuple(map(float, linear(trajectory.sigmas, step, known[0], known[1])))
     h = list(known[:MOST_WEIGHTS])
-    start = np.array([*start, *[0.0] * (len(h) - 2)])
-    matrix = trajectory.gram[np.ix_(h, h)]
-    matrix = matrix + RIDGE * np.trace(matrix) / len(h) * np.eye(len(h))
-    target = trajectory.gram[h, step] - trajectory.gram[np.ix_(h, h)] @ start
-    return tuple(map(float, start + np.linalg.solve(matrix, target)))
+    return tuple(map(float, np.linalg.solve(trajectory.gram[np.ix_(h, h)], trajectory.gram[h, step])))
 
 
-def row(trajectory: Trajectory, mask: str, predictor: str) -> tuple[Action, ...]:
-    """The actions of a mask under a predictor."""
+def row(trajectory: Trajectory, mask: str, kind: str) -> tuple[Action, ...]:
+    """The actions of a mask under a kind of prediction."""
     known, found = [], []
     for step, letter in enumerate(mask):
-        found.append(COMPUTE if letter == "1" else weights(trajectory, predictor, step, known))
+        found.append(COMPUTE if letter == "1" else weights(trajectory, kind, step, known))
         if letter == "1":
             known.insert(0, step)
     return tuple(found)
 
 
-def best_masks(trajectory: Trajectory, predictor: str) -> dict[int, str]:
+def best_masks(trajectory: Trajectory, kind: str) -> dict[int, str]:
     """{number of computed steps: the mask of least predicted error}, for every number that can be had.
 
     The first two steps are always computed. Fitted weights are of two velocities here; a finished mask may use three.
@@ -97,7 +102,7 @@ def best_masks(trajectory: Trajectory, predictor: str) -> dict[int, str]:
     n = trajectory.steps
     if n < 3:
         raise DaxError("bad_request", f"{n} steps: too few to leave one out, a plan needs at least 3")
-    cost = stretches(trajectory, predictor)
+    cost = stretches(trajectory, kind)
     reached = {1: {(0, 1): (0.0, None)}}  # number computed before the last: {(one before, last): (error, from)}
     for count in range(2, n + 1):
         states: dict[tuple[int, int], tuple[float, tuple | None]] = {}
@@ -121,7 +126,7 @@ def best_masks(trajectory: Trajectory, predictor: str) -> dict[int, str]:
     return masks
 
 
-def stretches(trajectory: Trajectory, predictor: str) -> dict[tuple[int, int, int], float]:
+def stretches(trajectory: Trajectory, kind: str) -> dict[tuple[int, int, int], float]:
     """{(one computed before, last computed, next computed): error of the steps in between}; the next may be the end."""
     n, ahead, cost = trajectory.steps, trajectory.ahead(), {}
     for last in range(1, n):
@@ -129,7 +134,7 @@ def stretches(trajectory: Trajectory, predictor: str) -> dict[tuple[int, int, in
             error = np.zeros(n)
             cost[before, last, last + 1] = 0.0
             for step in range(last + 1, min(last + LONGEST, n)):
-                found = weights(trajectory, predictor, step, (last, before))
+                found = weights(trajectory, kind, step, (last, before))
                 error = error + ahead[step] * trajectory.error(step, found, (last, before))
                 cost[before, last, step + 1] = (trajectory.rms(error) * trajectory.amplification[step]) ** 2
     return cost

@@ -1,4 +1,4 @@
-"""`dax bench linear|block|forward|claims`: figures with their ceilings. The work is in `dax.bench`."""
+"""`dax bench start|linear|block|forward|claims`: figures with their ceilings. The work is in `dax.bench`."""
 
 import json
 import sys
@@ -8,11 +8,11 @@ import typer
 
 from dax.errors import DaxError, nearest
 
-SUBJECTS = ("linear", "block", "forward", "claims")
+SUBJECTS = ("start", "linear", "block", "forward", "claims")
 
 
 def command(
-    subject: Annotated[str, typer.Argument(help="linear, block, forward or claims")],
+    subject: Annotated[str, typer.Argument(help="start, linear, block, forward or claims")],
     model: Annotated[str | None, typer.Option(help="a known name (random weights) or a diffusers folder")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
@@ -42,7 +42,11 @@ def command(
         print(text, file=sys.stderr, flush=True)
 
     size = height, width, num_frames
-    if subject == "linear":
+    if subject == "start":
+        from dax.bench.start import COLUMNS, bench
+
+        result = bench(model, size, (plan or ["exact"])[0], device, log)
+    elif subject == "linear":
         from dax.bench.linear import COLUMNS, bench
 
         result = bench(model, size, warm_up_s, timed_s, device, log)

@@ -16,6 +16,8 @@ def command(
     num_frames: Annotated[int | None, typer.Option(help="frames of the video")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps")] = None,
     hardware: Annotated[str | None, typer.Option(help="a card by name, such as h200")] = None,
+    gpus: Annotated[int, typer.Option(help="also what to expect of that many GPUs")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs that one node joins")] = 8,
     strict: Annotated[bool, typer.Option("--strict", help="a fallback is an error")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
@@ -24,5 +26,5 @@ def command(
 
     if model is None:
         print("no --model: the embedded tiny Wan", file=sys.stderr)
-    result = explain(model, plan, sets or [], (height, width, num_frames), steps, hardware, strict)
+    result = explain(model, plan, sets or [], (height, width, num_frames), steps, hardware, strict, gpus, gpus_per_node)
     print(json.dumps(result) if as_json else text(result))

@@ -37,6 +37,9 @@ class Guidance:
         try:
             with inner(name, *args, **kwargs):
                 yield
+        except BaseException:
+            self.first = None
+            raise
         finally:
             self.asked = before
 
@@ -51,6 +54,8 @@ class Guidance:
         else:
             sample = torch.full_like(hidden_states, torch.nan)  # whoever reads it before it is filled shall see that
         if self.asked == BRANCHES[0]:
+            if self.first is not None:
+                raise DaxError("bad_request", "parallel.cfg = 2: the branch without the prompt was not asked for")
             self.first = sample
         else:
             self.exchange(self.first, sample)

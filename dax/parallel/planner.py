@@ -1,7 +1,7 @@
 """What a topology would cost, from a model's shape and a machine's rates, and which one to take. Arithmetic only.
 
 One layer is its computation over u x r ranks, plus what of the exchange nothing hides, plus what hiding costs the
-computation. `predict` says the time of each part; `best` takes the topology with the least. Rates and links are
+computation. `predict` says the time of each part, `predictions` compares topologies by it. Rates and links are
 measured ones where they are known, and every figure that comes out is a prediction.
 """
 
@@ -58,24 +58,22 @@ TRAFFIC = {"8bit": 19.6, "bf16": 23.4}  # of a fused block
 MEMORY_REACHED = 0.84
 
 
-def cluster_of(machine, bits: str, node: int = 8) -> Cluster | None:
+def cluster_of(machine, attention: str, linear: str, node: int = 8) -> Cluster | None:
     """The cluster of cards like `machine` (dax.hardware), `node` of them per node; None without a data sheet.
 
-    bits   "8bit" or "bf16": the arithmetic of linears and attention
+    attention, linear   "8bit" or "bf16": their arithmetic
     """
     if not machine.peak_tflops:
         return None
-    bf16 = machine.peak_tflops["bf16"] * 1e12
-    peak = machine.peak_tflops["int8"] * 1e12 if bits == "8bit" else bf16
-    linear, attention = REACHED[bits]
+    peak = {"bf16": machine.peak_tflops["bf16"] * 1e12, "8bit": machine.peak_tflops.get("int8", 0) * 1e12}
     name = machine.name.lower()
     inside = LINKS["nvlink" if any(card in name for card in NVLINK) and "pcie" not in name else "pcie"]
     return Cluster(
-        linear=linear * peak,
-        attention=attention * peak,
-        cross=REACHED["bf16"][1] * bf16,
+        linear=REACHED[linear][0] * peak[linear],
+        attention=REACHED[attention][1] * peak[attention],
+        cross=REACHED["bf16"][1] * peak["bf16"],
         memory=MEMORY_REACHED * machine.bandwidth_tbs * 1e12,
-        traffic=TRAFFIC[bits],
+        traffic=TRAFFIC[linear],
         node=node,
         inside=inside,
         between=LINKS["infiniband"],
@@ -136,13 +134,10 @@ def predict(
         if chunks == 0:
             exposed = total
         else:
-            # of the first chunk, V hides under K's and Q's projections and K under Q's, unless both wait for the
-            # statistics of 8-bit attention; then attention hides what it can of the rest
-            projection = 0.9 * 2 * tokens / sequence * facts.width**2 / cluster.linear if wire_bytes == 2 else 0.0
-            first = max(0.0, kv + max(0.0, kv - projection) - projection) + q
+            # the first chunk's operands and the last one's output are seen; attention hides what it can of the rest
             attending = compute_s(facts, tokens, topology, cluster, only_attention=True)
             middle = (chunk - 1) * (q + 2 * kv + o)
-            exposed = first + o + max(0.0, middle - attending * (chunk - 1) / chunk)
+            exposed = q + 2 * kv + o + max(0.0, middle - attending * (chunk - 1) / chunk)
     tax = cluster.tax * (total - exposed)
     layer = compute + exposed + tax
     rounds = ceil(branches / topology.cfg)
@@ -176,36 +171,33 @@ def exchange_s(leaving: float, ranks: int, cluster: Cluster) -> float:
     )
 
 
-def best(
+def predictions(
     facts: Facts,
     tokens: int,
     topologies: list[Topology],
-    cluster: Cluster | None,
+    cluster: Cluster,
     chunks: int | None = None,
     wire_bytes: int = 2,
     branches: int = 2,
-) -> tuple[Topology, int, Prediction | None]:
-    """(topology, head chunks, prediction) of the shortest step. Topologies within 1 % of it count as equal, since the
-    model knows no better: among them, that with most branches, then most head groups, which keep least in memory.
+) -> list[Prediction]:
+    """Of every topology with its best number of head chunks, or with `chunks`; the one to take comes first.
 
-    chunks    a number to keep to; None for the best
-    cluster   None where no rates are known: then all branches, as many head groups as divide the heads, no chunks
+    Topologies within 1 % of the shortest step count as equal, since the model knows no better: among them, that with
+    most branches comes first, then that with most head groups, which keep least in memory.
     """
-    if cluster is None:
-        whole = [t for t in topologies if facts.num_heads % t.ulysses == 0] or topologies
-        return max(whole, key=lambda t: (t.cfg, t.ulysses)), chunks or 0, None
     found = []
     for topology in topologies:
         alone = topology.ulysses == topology.sequence == 1
-        tried = (chunks,) if chunks is not None else (0,) if alone else (0, *CHUNKS)
-        for count in tried:
-            if count <= max(1, facts.num_heads // topology.ulysses):
-                found.append(predict(facts, tokens, topology, cluster, count, wire_bytes, branches))
+        most = max(1, facts.num_heads // topology.ulysses)
+        tried = (chunks,) if chunks is not None else (0,) if alone else [n for n in (0, *CHUNKS) if n <= most]
+        each = [predict(facts, tokens, topology, cluster, count, wire_bytes, branches) for count in tried]
+        found.append(max(each, key=lambda p: p.speedup))
     enough = 0.99 * max(p.speedup for p in found)
-    chosen = max(
-        (p for p in found if p.speedup >= enough), key=lambda p: (p.topology.cfg, p.topology.ulysses, p.speedup)
-    )
-    return chosen.topology, chosen.chunks, chosen
+
+    def rank(p: Prediction) -> tuple:
+        return (1, p.topology.cfg, p.topology.ulysses) if p.speedup >= enough else (0, p.speedup)
+
+    return sorted(found, key=rank, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -225,16 +217,31 @@ class Ranks:
 ALONE = Ranks()
 
 
-def resolve_parallel(asked, facts: Facts, machine, ranks: Ranks, eight_bit: bool) -> tuple:
+def resolve_parallel(
+    asked,
+    facts: Facts,
+    machine,
+    ranks: Ranks,
+    travels: bool = False,
+    attention: str = "bf16",
+    linear: str = "bf16",
+    joint: bool = True,
+) -> tuple:
     """(the plan's parallel part with every `auto` decided, notes). DaxError("bad_request") for degrees that do not fit.
 
-    eight_bit   whether the attention kernel takes 8-bit operands that can travel as such
+    travels            whether the attention kernel has 8-bit operands that can travel as such
+    attention, linear  "8bit" or "bf16": their arithmetic
+    joint              whether both guidance branches compute the same steps
     """
+    if asked.cfg == 2 and not joint:
+        raise DaxError(
+            "bad_request", "parallel.cfg = 2: the step cache computes the branches at different steps; use cfg = 1"
+        )
     degrees = {name: None if (degree := getattr(asked, name)) == "auto" else degree for name in DEGREES}
-    topologies = complete(degrees, ranks.count, facts.num_heads, ranks.guided)
-    if asked.wire == "8bit" and not eight_bit:
-        raise DaxError("bad_request", "parallel.wire = 8bit: only 8-bit attention has 8-bit operands; use plain")
-    wire = ("8bit" if eight_bit else "plain") if asked.wire == "auto" else asked.wire
+    topologies = complete(degrees, ranks.count, facts.num_heads, ranks.guided and joint)
+    if asked.wire == "8bit" and not travels:
+        raise DaxError("bad_request", "parallel.wire = 8bit: this attention kernel has no 8-bit operands; use plain")
+    wire = ("8bit" if travels else "plain") if asked.wire == "auto" else asked.wire
     if ranks.count == 1:
         return asked.model_copy(update=dict.fromkeys(DEGREES, 1) | {"overlap": 0, "wire": "plain", "vae": "none"}), []
     if ranks.tokens is not None:
@@ -244,15 +251,20 @@ def resolve_parallel(asked, facts: Facts, machine, ranks: Ranks, eight_bit: bool
             shares[0].check()
     size = facts.defaults
     tokens = ranks.tokens or facts.tokens(size.height, size.width, size.num_frames)
-    cluster = cluster_of(machine, "8bit" if eight_bit else "bf16", ranks.node or ranks.count)
-    chunks = None if asked.overlap == "auto" else asked.overlap
-    topology, chunks, prediction = best(facts, tokens, topologies, cluster, chunks, 1 if wire == "8bit" else 2)
+    cluster = cluster_of(machine, attention, linear, ranks.node or ranks.count)
+    chunks, told = None if asked.overlap == "auto" else asked.overlap, ""
+    if cluster is None:  # no rates are known: all branches, as many head groups as divide the heads, no chunks
+        whole = [t for t in topologies if facts.num_heads % t.ulysses == 0] or topologies
+        topology, chunks = max(whole, key=lambda t: (t.cfg, t.ulysses)), chunks or 0
+    else:
+        found = predictions(facts, tokens, topologies, cluster, chunks, 1 if wire == "8bit" else 2, 1 + ranks.guided)
+        topology, chunks = found[0].topology, found[0].chunks
+        told = f"; predicted {found[0].speedup:.2f} times one ({found[0].efficiency_pct:.0f} %)"
     vae = "split" if asked.vae == "auto" else asked.vae
     decided = {name: getattr(topology, name) for name in DEGREES} | {"overlap": chunks, "wire": wire, "vae": vae}
-    note = f"parallel: {topology} on {ranks.count} ranks, {chunks} head chunks, {wire} wire"
-    if prediction:
-        note += f"; predicted {prediction.speedup:.2f} times one ({prediction.efficiency_pct:.0f} %)"
-    return asked.model_copy(update=decided), [note]
+    return asked.model_copy(update=decided), [
+        f"parallel: {topology} on {ranks.count} ranks, {chunks} head chunks, {wire} wire{told}"
+    ]
 
 
 def with_link(cluster: Cluster, link: Link) -> Cluster:

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -137,6 +138,22 @@ def run_pipe(pipe, guidance_scale=4.0, output_type="latent", steps=2):
         generator=torch.Generator().manual_seed(3),
         output_type=output_type,
     ).frames
+
+
+def cached(parallel, cache):
+    """Relative difference of the latents under a step cache to those of one process under the same cache."""
+    import dax
+
+    pipe = build_pipe()
+    with dax.optimize(pipe, cache=cache, parallel=parallel) as engine:
+        together = run_pipe(pipe, steps=4)
+        computed = engine.gate.last.computed
+    from dax import optimize
+
+    with mock.patch.object(optimize, "num_ranks", lambda: 1), dax.optimize(pipe, cache=cache):
+        alone = run_pipe(pipe, steps=4)
+    full = run_pipe(pipe, steps=4)
+    return relative(together, alone), relative(alone, full), computed
 
 
 def model(parallel, guidance_scale=4.0, kernel="sdpa", heads=12):

@@ -68,3 +68,15 @@ def test_gpus_makes_the_clip_of_one_process(random_folder, tmp_path):
     alone, together = records
     assert (alone["ranks"], together["ranks"]) == (1, 2) and alone["computed"] == together["computed"]
     assert together["plan"]["parallel"]["ulysses"] == 2
+
+
+@pytest.mark.parametrize("reuse", ("velocity", "residual"))
+@pytest.mark.parametrize("parallel", ({"cfg": 2}, {"cfg": 1, "ulysses": 2}), ids=str)
+def test_with_a_step_cache(ranks, parallel, reuse):
+    """The gate stands outside: every rank predicts the same steps, and both branches are there when it does."""
+    cache = {"policy": "mask", "mask": "1101", "reuse": reuse}
+    answers = ranks(2).run(tasks.cached, parallel, cache)
+    for difference, effect, _ in answers:
+        assert difference < 1e-5 < effect
+    for branch in ("cond", "uncond"):  # a rank that only receives a branch does not know that its residual was reused
+        assert min(computed[branch] for _, _, computed in answers) == 3

@@ -1,0 +1,210 @@
+"""`dax bench cache`: a calibrated step plan against TeaCache, MagCache and fewer steps, at equal numbers of forwards.
+
+Everything is judged on prompts that no calibration saw, against the uncached run of the same kernels, by latent PSNR.
+The rivals get what they need: both are calibrated for this model by their own procedure on the same recorded clips,
+every retention and cap is tried with the threshold that gives just that number of computed steps, both forms of reuse
+are tried, and the best is chosen on the very prompts that judge.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from dax.cache.artifact import Artifact
+from dax.cache.calibrate import Effort, calibrate
+from dax.cache.magcache import magcache_mask
+from dax.cache.record import Clips, fidelity, latent_psnr, make_clips, run
+from dax.cache.step_plan import Setting, StepPlan, actions_of
+from dax.cache.teacache import changes, teacache_mask
+from dax.errors import DaxError
+
+SHARES = (0.5, 0.4, 0.33)
+EFFORT = Effort(budgets=SHARES, batch=16)
+ENDS = (0, 1, 2, 3)  # steps TeaCache computes at the end
+HEADS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15)  # steps a rival computes at the start
+CAPS = (1, 2, 3, 4, 6, 8, 10)  # MagCache's K
+MOST_MASKS = 24  # of a rival, spread over all that its settings give
+FINALISTS = 3  # of them, also tried in the residual form
+COLUMNS = {
+    "share": "share",
+    "method": "method",
+    "forwards": "forwards",
+    "psnr_db": "latent PSNR dB",
+    "p10_db": "p10",
+    "tried": "settings",
+    "detail": "which",
+    "mask": "mask",
+}
+
+
+def bench(
+    prompts: str | None = None,
+    plan: str = "exact",
+    effort: Effort = EFFORT,
+    num_test: int = 16,
+    steps: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    log: Callable = print,
+) -> dict:
+    """Calibrate the embedded model and hold the contest on it; returns the record, with the artifact in it.
+
+    prompts   file of prompts to judge on, one a line; default: combinations the tiny Wan was never trained on
+    """
+    import torch
+
+    from dax.bench import report
+    from dax.facts import FACTS
+    from dax.hardware import machine
+    from dax.models.tiny import FOLDER, load_tiny
+    from dax.models.wan_steps import checkpoint_digest, time_embeddings
+    from dax.optimize import kernels_of, optimize
+
+    here = machine(device)
+    dtype = dtype or ("bfloat16" if here.device == "cuda" else "float32")
+    pipe = load_tiny(here.device, getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    defaults = FACTS["tiny"].defaults
+    steps = steps or defaults.steps
+    read = lambda path: [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+    seen, unseen = read(FOLDER / "prompts.txt"), read(prompts or FOLDER / "prompts_held_out.txt")[:num_test]
+    if not unseen:
+        raise DaxError("bad_request", f"--prompts {prompts}: empty")
+    with optimize(pipe, plan, cache={"policy": "none"}) as engine, torch.no_grad():
+        setting = Setting(
+            steps,
+            type(pipe.scheduler).__name__,
+            defaults.flow_shift,
+            defaults.guidance_scale,
+            checkpoint_digest(pipe.transformer),
+            kernels_of(engine.plan),
+        )
+        size = defaults.height, defaults.width, defaults.num_frames
+        make = lambda prompts, seed: make_clips(pipe, prompts, size, steps, defaults.guidance_scale, seed)
+        clips, test = make(seen, 0), make(unseen, 1000)
+        pipe.scheduler.set_timesteps(steps)
+        moved = changes(time_embeddings(pipe.transformer, pipe.scheduler.timesteps, projected=True))
+        half = len(clips) // 2
+        artifact = calibrate(pipe, clips[:half], clips[half:], setting, "tiny", moved, effort, log)
+        rows = contest(pipe, artifact, test, effort, log)
+    return report.record(
+        "cache",
+        here.device,
+        model="tiny",
+        dtype=dtype,
+        setting=asdict(setting),
+        calibration_prompts=half,
+        held_out_prompts=len(clips) - half,
+        test_prompts=len(test),
+        effort=asdict(effort),
+        rows=rows,
+        artifact=artifact.to_json(),
+    )
+
+
+def contest(pipe, artifact: Artifact, test: Clips, effort: Effort, log: Callable) -> list[dict]:
+    """The rows of the table: every method at the number of computed steps of each rung of the artifact."""
+    reference = run(pipe, test, effort.batch)
+    rows = []
+
+    def add(count: int, method: str, db: np.ndarray, tried: int, detail: str, mask: str = "") -> None:
+        rows.append(
+            {
+                "share": count / test.steps,
+                "method": method,
+                "forwards": 2 * count,
+                "psnr_db": float(db.mean()),
+                "p10_db": float(np.percentile(db, 10)),
+                "tried": tried,
+                "detail": detail,
+                "mask": mask,
+                "clips_db": db.tolist(),
+            }
+        )
+        log(f"{count} of {test.steps}: {method} {db.mean():.2f} dB, p10 {np.percentile(db, 10):.2f} ({detail})")
+
+    for rung in artifact.rungs:
+        mask, count = rung.plan.mask(), rung.plan.computed["cond"]
+        add(count, "calibrated", fidelity(pipe, rung.plan, test, reference, effort.batch), 1, rung.predictor, mask)
+        for method, settings in (("TeaCache", teacache_settings), ("MagCache", magcache_settings)):
+            masks = settings(artifact, count)
+            db, name, best = sweep(pipe, masks, test, reference, effort.batch)
+            add(count, method, db, len(masks), name, best)
+        shorter = run(pipe, replace(test, steps=count), effort.batch)
+        add(count, "fewer steps", latent_psnr(shorter, reference), 1, "UniPC")
+        add(count, "same steps", on_subset(pipe, test, mask, reference, effort.batch), 1, "UniPC on the subset", mask)
+    return rows
+
+
+def sweep(pipe, masks: dict[str, str], test: Clips, reference, batch: int) -> tuple[np.ndarray, str, str]:
+    """(dB of each clip, setting, mask) of the best mask, reusing velocities or, for the finalists, residuals."""
+    found, names = {}, {mask: name for name, mask in reversed(masks.items())}
+    spread = [list(names)[round(i)] for i in np.linspace(0, len(names) - 1, min(len(names), MOST_MASKS))]
+    for mask in spread:
+        name = names[mask]
+        found[name] = fidelity(pipe, plan_of(mask, "velocity"), test, reference, batch), mask
+    for name in sorted(found, key=lambda name: -found[name][0].mean())[:FINALISTS]:
+        mask = found[name][1]
+        found[f"{name}, residual"] = fidelity(pipe, plan_of(mask, "residual"), test, reference, batch), mask
+    best = max(found, key=lambda name: found[name][0].mean())
+    return found[best][0], best, found[best][1]
+
+
+def plan_of(mask: str, reuse: str) -> StepPlan:
+    actions = actions_of(mask)
+    return StepPlan(actions, actions, reuse, reuse=reuse)
+
+
+def teacache_settings(artifact: Artifact, count: int) -> dict[str, str]:
+    """{setting: mask} of `count` computed steps: every retention at both ends with the threshold that gives it."""
+    steps, found = len(artifact.sigmas), {}
+    for first in HEADS:
+        for last in ENDS:
+            if first + last > count:
+                continue
+            make = lambda t: teacache_mask(artifact.moved, artifact.teacache, t, first, last)  # noqa: B023
+            threshold = threshold_for(make, count, 1e3)
+            if threshold is not None:
+                found[f"threshold {threshold:.4g}, first {first}, last {last} of {steps}"] = make(threshold)
+    return found
+
+
+def magcache_settings(artifact: Artifact, count: int) -> dict[str, str]:
+    """{setting: mask} of `count` computed steps: every retention and cap with the threshold that gives it."""
+    steps, found = len(artifact.sigmas), {}
+    for head in (head for head in HEADS if head <= count):
+        for cap in CAPS:
+            make = lambda t: magcache_mask(artifact.magcache.cond, t, cap, head / steps)  # noqa: B023
+            threshold = threshold_for(make, count, 10.0)
+            if threshold is not None:
+                found[f"threshold {threshold:.4g}, K {cap}, retention {head / steps:.2f}"] = make(threshold)
+    return found
+
+
+def threshold_for(make: Callable[[float], str], count: int, most: float) -> float | None:
+    """The threshold whose mask computes `count` steps; None if no threshold does. A larger one computes fewer."""
+    low, high = 0.0, most
+    for _ in range(60):
+        middle = (low + high) / 2
+        computed = make(middle).count("1")
+        if computed == count:
+            return middle
+        low, high = (middle, high) if computed > count else (low, middle)
+    return None
+
+
+def on_subset(pipe, test: Clips, mask: str, reference, batch: int) -> np.ndarray:
+    """Latent PSNR of the pipeline's solver run on just the noise levels that a mask computes."""
+    scheduler, shift = pipe.scheduler, pipe.scheduler.config.flow_shift
+    scheduler.set_timesteps(test.steps)
+    levels = [float(s) for s, letter in zip(scheduler.sigmas, mask) if letter == "1"]
+    even = np.array([s / (shift - (shift - 1) * s) for s in levels])  # the scheduler shifts what it is given
+    pipe.scheduler = type(scheduler).from_config(scheduler.config)
+    inner = pipe.scheduler.set_timesteps
+    pipe.scheduler.set_timesteps = lambda n, device=None: inner(device=device, sigmas=even.copy())
+    try:
+        return latent_psnr(run(pipe, replace(test, steps=len(levels)), batch), reference)
+    finally:
+        pipe.scheduler = scheduler

@@ -1,0 +1,97 @@
+"""The planner takes what the arithmetic says, and its numbers behave as links and cards do."""
+
+from dataclasses import replace
+
+import pytest
+
+from dax.errors import DaxError
+from dax.facts import FACTS
+from dax.hardware import MACHINES
+from dax.parallel.planner import Link, Ranks, cluster_of, predict, predictions, resolve_parallel, with_link
+from dax.parallel.topology import Topology, topologies
+from dax.plan import Parallel
+
+WAN14, WAN1 = FACTS["wan2.1-t2v-14b"], FACTS["wan2.1-t2v-1.3b"]
+S = WAN14.tokens(720, 1280, 81)
+H200 = cluster_of(MACHINES["h200"], "8bit", "8bit")
+L20 = cluster_of(MACHINES["l20"], "8bit", "8bit")
+
+
+def first(facts, count, cluster=H200, **options):
+    guided = options.get("branches", 2) == 2
+    return predictions(facts, S, topologies(count, facts.num_heads, guided), cluster, **options)[0]
+
+
+def test_one_rank_takes_the_time_of_the_rates():
+    alone = predict(WAN14, S, Topology(), H200)
+    assert alone.speedup == 1 and alone.exchange_ms == alone.exposed_ms == alone.tax_ms == 0
+    assert alone.layer_ms == pytest.approx(156, abs=1)  # BASELINES: what the parts add up to on an H200
+
+
+def test_branches_first_then_heads_inside_a_node():
+    assert first(WAN14, 2).topology == Topology(2, 1, 1)
+    assert first(WAN14, 8).topology == Topology(2, 4, 1)
+    assert first(WAN14, 16).topology == Topology(2, 8, 1), "each branch's exchange stays inside its node"
+    assert first(WAN14, 8, branches=1).topology == Topology(1, 8, 1)
+    assert first(WAN1, 8, branches=1).topology != Topology(1, 8, 1), "12 heads on 8 ranks leave half of them waiting"
+
+
+def test_hiding_pays_more_on_a_slow_link():
+    two = Topology(1, 2, 1)
+    gains = []
+    for cluster in (H200, L20, with_link(H200, Link(60e-6, 14e9))):
+        shown, hidden = predict(WAN14, S, two, cluster, 0), predict(WAN14, S, two, cluster, 5)
+        assert hidden.exposed_ms < 0.4 * shown.exposed_ms == 0.4 * shown.exchange_ms
+        gains.append(shown.layer_ms / hidden.layer_ms)
+    assert gains[0] < gains[1] and gains[0] < gains[2]
+
+
+def test_eight_bits_halve_what_q_k_and_v_take_on_the_wire():
+    link = replace(H200, inside=Link(0.0, 100e9))
+    plain, small = (predict(WAN14, S, Topology(1, 2, 1), link, 0, wire_bytes).exchange_ms for wire_bytes in (2, 1))
+    assert small / plain == pytest.approx((3 * 1 + 2) / (4 * 2))  # the output keeps 16
+
+
+def test_more_ranks_are_faster_and_never_more_than_all_of_them():
+    before = 1.0
+    for count in (2, 4, 8, 16, 32):
+        found = first(WAN14, count)
+        assert before < found.speedup <= count and found.efficiency_pct <= 100
+        before = found.speedup
+
+
+def test_a_plan_is_resolved_without_a_data_sheet():
+    machine = replace(MACHINES["h200"], peak_tflops={})
+    plan, (note,) = resolve_parallel(Parallel(), WAN1, machine, Ranks(8), travels=False)
+    assert (plan.cfg, plan.ulysses, plan.rows, plan.overlap, plan.wire, plan.vae) == (2, 4, 1, 0, "plain", "split")
+    assert "predicted" not in note
+
+
+def test_what_is_asked_is_kept_or_refused():
+    h200 = MACHINES["h200"]
+    plan, _ = resolve_parallel(Parallel(cfg=1, overlap=3), WAN14, h200, Ranks(4), travels=True)
+    assert (plan.cfg, plan.ulysses * plan.rows, plan.overlap, plan.wire) == (1, 4, 3, "8bit")
+    with pytest.raises(DaxError, match="parallel.wire = 8bit: this attention kernel has no"):
+        resolve_parallel(Parallel(wire="8bit"), WAN14, h200, Ranks(2), travels=False)
+    with pytest.raises(DaxError, match="320 tokens in blocks of 128 do not give each of 4 ranks a share"):
+        resolve_parallel(Parallel(cfg=1), WAN14, h200, Ranks(4, tokens=320, align=128), travels=True)
+    plan, _ = resolve_parallel(Parallel(), WAN14, h200, Ranks(4, tokens=320, align=128), travels=True)
+    assert plan.cfg == 2, "two ranks a branch have enough"
+
+
+def test_guidance_is_not_divided_when_its_branches_compute_different_steps():
+    plan, _ = resolve_parallel(Parallel(), WAN14, MACHINES["h200"], Ranks(2), joint=False)
+    assert plan.cfg == 1
+    with pytest.raises(DaxError, match="parallel.cfg = 2: the step cache computes the branches at different steps"):
+        resolve_parallel(Parallel(cfg=2), WAN14, MACHINES["h200"], Ranks(2), joint=False)
+
+
+def test_explain_says_what_to_expect():
+    from dax.bench.explain import explain, text
+
+    result = explain("wan2.1-t2v-14b", None, [], (None,) * 3, None, "h200", gpus=16, per_node=8)
+    own = result["ranks"][0]
+    assert own["topology"] == "cfg 2 x ulysses 8 x rows 1" and 12 < own["speedup"] < 16
+    assert "16 ranks, 8 per node" in text(result)
+    with pytest.raises(DaxError, match="--gpus 2: name the card"):
+        explain("wan2.1-t2v-14b", None, [], (None,) * 3, None, None, gpus=2)
