@@ -6,7 +6,7 @@ import pytest
 
 from dax.plan import Plan
 from dax.tune import costs
-from dax.tune.search import Option, Search, begin, climb
+from dax.tune.search import Option, begin, climb
 
 NOISE = {"attention": {"int8": 4e-5}, "linear": {"int8": 2e-4}, "cache": {"50": 3e-4, "40": 1e-3, "25": 8e-3}}
 WORK = {"attention": {"int8": 0.72}, "linear": {"int8": 0.91}, "cache": {"50": 0.5, "40": 0.4, "25": 0.25}}
@@ -38,13 +38,12 @@ class World:
         return self.psnr(options), self.psnr(options) - 1
 
     def tune(self, target: float, max_runs: int = 12):
-        search = begin(self.knobs, lambda option: self.psnr([option]), self.cost)
+        search = begin(self.knobs, lambda option: (self.psnr([option]), self.psnr([option]) - 1), self.cost)
         return search, climb(search, target, self.measure, max_runs)
 
     def truth(self, target: float) -> float:
         """The least cost of any combination that holds the target, by brute force."""
-        search = Search({}, {})
-        search = begin(self.knobs, lambda option: self.psnr([option]), self.cost)
+        search = begin(self.knobs, lambda option: (self.psnr([option]),) * 2, self.cost)
         return min(self.cost(options) for options in search.points if self.psnr(options) >= target)
 
 
@@ -69,7 +68,8 @@ def test_interaction_is_learnt_not_assumed_away():
 def test_an_option_that_another_beats_is_not_combined():
     noise = {**NOISE, "cache": {**NOISE["cache"], "bad": 9e-3}}
     WORK["cache"]["bad"] = 0.45
-    search = begin(World(noise=noise).knobs, lambda option: World(noise=noise).psnr([option]), World(noise=noise).cost)
+    world = World(noise=noise)
+    search = begin(world.knobs, lambda option: (world.psnr([option]),) * 2, world.cost)
     names = {option.name for options in search.points for option in options}
     assert "cache bad" not in names and {"cache 50", "cache 40", "cache 25"} <= names
 

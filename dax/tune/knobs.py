@@ -45,9 +45,10 @@ def knobs(machine: Machine, dtype: str, head_dim: int, steps: int, budgets, cali
         cache.append(Option("cache", f"{100 * budget:.0f} % of steps", values))
     if not budgets:
         left_out.append("cache.policy = calibrated: no calibration of this model; even masks instead (dax calibrate)")
-        masks = [(f"every {n}th step", even_mask(steps, n)) for n in PERIODS]
+        masks = [(f"1 step in {n}", even_mask(steps, n)) for n in PERIODS]
         cache += [Option("cache", name, {"cache.policy": "mask", "cache.mask": mask}) for name, mask in masks]
-    guidance = [Option("guidance", "full guidance", {}), Option("guidance", "uncond every 2nd", {"cache.uncond_every": 2})]
+    guidance = [Option("guidance", "full guidance", {})]
+    guidance.append(Option("guidance", "uncond every 2nd", {"cache.uncond_every": 2}))
     for share in SPARED:
         last = round(share * steps)
         guidance.append(Option("guidance", f"no guidance in the last {last}", {"cache.drop_uncond": last}))
@@ -57,7 +58,8 @@ def knobs(machine: Machine, dtype: str, head_dim: int, steps: int, budgets, cali
 def even_mask(steps: int, period: int) -> str:
     """A fifth of the steps first, where the picture is decided; then every `period`-th, and the last."""
     first = max(1, steps // 5)
-    return "".join("1" if i < first or (i - first) % period == period - 1 or i == steps - 1 else "0" for i in range(steps))
+    computed = [i < first or (i - first) % period == period - 1 or i == steps - 1 for i in range(steps)]
+    return "".join("01"[each] for each in computed)
 
 
 def plan_of(options, base: Plan, steps: int) -> Plan:
