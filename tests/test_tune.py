@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 
+from dax.bench import costs
 from dax.errors import DaxError
 from dax.generate.run import Job as Generate
 from dax.generate.run import generate
 from dax.plan import Plan
 from dax.provenance import read_measured
-from dax.tune import costs, sensitivity
+from dax.tune import sensitivity
 from dax.tune.knobs import even_mask
 from dax.tune.run import Job, tune
 from dax.tune.search import Option, begin, climb

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dax.bench import quality
+from dax.bench import costs, quality
 from dax.bench.compare_cells import Cells, write_atomically
 from dax.bench.compare_run import Runner, keys_of, versions
 from dax.bench.compare_variants import Arrangement, floor
@@ -19,7 +19,7 @@ from dax.generate import run
 from dax.generate.request import check_memory, check_real, make_request
 from dax.plan import Plan
 from dax.provenance import Measured, computes, save
-from dax.tune import costs, sensitivity
+from dax.tune import sensitivity
 from dax.tune.knobs import BUDGETS, knobs, plan_of
 from dax.tune.search import Option, Point, Search, begin, climb, held
 

@@ -6,7 +6,7 @@ independent, so a rule list is found by leaving out those that hurt most for the
 
 from collections.abc import Iterable
 
-from dax.tune.costs import FLOPS
+from dax.bench.costs import FLOPS
 
 ROLES = {"self": "attn1", "cross": "attn2", "ffn in": "ffn.net.0", "ffn out": "ffn.net.2"}
 SHARES = (0.5, 0.8)  # of the squared error that a list of rules takes away

@@ -29,6 +29,11 @@ def layer_ms(plan: Plan, num_layers: int) -> float:
     return ATTENTION_MS[plan.attention.kernel] + linear + REST_MS[rest]
 
 
+def runs_references(plan: Plan, device: str) -> bool:
+    """Whether a resolved plan runs references of GPU kernels there: its time then says nothing about a GPU."""
+    return device == "cpu" and (plan.linear.active or plan.attention.kernel == "int8")
+
+
 def cost(plan: Plan, forwards: int, exact: Plan, all_forwards: int, num_layers: int) -> float:
     """The share of exact's work: 1 for exact itself."""
     return forwards * layer_ms(plan, num_layers) / (all_forwards * layer_ms(exact, num_layers))
