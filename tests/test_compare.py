@@ -55,6 +55,7 @@ def test_the_reference_is_itself_the_floor_is_near_and_a_skipped_step_is_farther
     assert 0 < floor.fidelity.latent_error < skip.fidelity.latent_error
     assert 100 > floor.fidelity.psnr_db > skip.fidelity.psnr_db > 5
     assert exact.computed == {"cond": 4, "uncond": 4} and skip.computed == {"cond": 3, "uncond": 3}
+    assert skip.work == pytest.approx(0.75) and exact.work == 1 and skip.speedup > 0
     assert skip.differs == {"cache.policy": "mask", "cache.mask": "1101"}
     assert all(len(cell.latent_error) == 4 and len(cell.frame_psnr_db) == 9 for cell in skip.cells)
     # the same noise: until the first predicted step the latents are the reference's, bit for bit

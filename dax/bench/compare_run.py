@@ -14,6 +14,7 @@ from dax.bench import quality
 from dax.bench.compare_cells import Cells, key_of
 from dax.bench.compare_record import Cell
 from dax.bench.compare_variants import Arrangement
+from dax.errors import DaxError
 from dax.generate import run, stages
 from dax.generate.request import Request
 
@@ -64,7 +65,6 @@ class Runner:
         self.checked, self.device, self.dtype, self.strict, self.log = checked, device, dtype, strict, log
         self.loaded = None
         self.texts: dict[tuple, tuple] = {}
-        self.remarks: list[str] = []
 
     def pipe(self, flow_shift: float):
         if self.loaded is None:
@@ -80,7 +80,10 @@ class Runner:
         if key not in self.texts:
             pipe, meter = self.pipe(request.flow_shift), Meter(self.device)
             with meter.stage("text"):
-                embeds = stages.encode(pipe, request, self.remarks)
+                remarks: list[str] = []
+                embeds = stages.encode(pipe, request, remarks)
+            for text in remarks:
+                self.log(f"warning: {text}")
             self.texts[key] = embeds, meter.seconds["text"], meter.peak_gib["text"]
         return self.texts[key]
 
@@ -95,7 +98,10 @@ class Runner:
         from dax.optimize import optimize
 
         pipe = self.pipe(request.flow_shift)
-        with stages.out_of_memory(request), optimize(pipe, arrangement.asked, strict=self.strict):
+        with stages.out_of_memory(request), optimize(pipe, arrangement.asked, strict=self.strict) as engine:
+            if engine.plan != arrangement.plan:
+                said = "; ".join(engine.fallbacks) or "it resolves otherwise than without the weights"
+                raise DaxError("check_failed", f"plan {arrangement.name} on the loaded model: {said}")
             with rounded_attention(pipe) if arrangement.rounded else no_change():
                 yield pipe
 
