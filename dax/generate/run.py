@@ -10,8 +10,6 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dax.cache.policy import maker
-from dax.cache.step_plan import Setting, flow_sigmas
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate import video
@@ -29,6 +27,7 @@ from dax.generate.stages import (
     peak_memory_gib,
     set_flow_shift,
 )
+from dax.generate.steps import checkpoint_of, schedule
 from dax.models.tiny import FOLDER
 from dax.parallel.join import place
 from dax.parallel.launch import run_ranks
@@ -86,12 +85,12 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
     here = machine(job.device)
     dtype = torch.bfloat16 if here.device == "cuda" else torch.float32
     check_memory(facts, request, checked.parameters * dtype.itemsize, dtype.itemsize, here.memory_gib)
-    checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked)
+    checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked.folder, facts)
     dtype_name = str(dtype).removeprefix("torch.")
     asked, shares = parallel_plan(asked, request, facts, count, job.strict, remarks)
     resolved = resolve(asked, facts, here, job.strict, dtype_name, checkpoint, shares)  # before loading
     asked = asked.model_copy(update={"parallel": resolved.plan.parallel})
-    check_steps(resolved, facts, request, checkpoint)
+    schedule(resolved.plan.cache, resolved.calibration, facts, request, checkpoint)  # refuses, too
     measured = read_measured(job.plan) if job.plan else None
     elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []
     if elsewhere and job.strict:
@@ -210,32 +209,6 @@ def check_model(model: str | None) -> Checked:
     if model in FACTS:
         raise DaxError("bad_model", f"--model {model}: only its shapes are known; give a diffusers folder or a hub id")
     return preflight(locate(model))
-
-
-def checkpoint_of(checked) -> str:
-    """The digest a calibration of this checkpoint carries, from its folder."""
-    from dax.cache.checkpoint import TENSOR, folder_digest
-    from dax.generate.checkpoint import read_weights
-
-    tensors = read_weights(checked.folder / "transformer", "diffusion_pytorch_model")[0]
-    return folder_digest(tensors[TENSOR].file, checked.facts.num_layers)
-
-
-def check_steps(resolved, facts, request, checkpoint: str | None):
-    """The step plan of a resolved plan as far as it is known without weights, else None.
-
-    DaxError("bad_request") if it cannot serve the request.
-    """
-    if resolved.plan.cache.policy == "none":
-        return None
-    setting = Setting(
-        steps=request.steps,
-        flow_shift=request.flow_shift,
-        guidance_scale=request.guidance_scale,
-        checkpoint=checkpoint,
-    )
-    make = maker(resolved.plan.cache, resolved.calibration, facts.name)
-    return make(setting, flow_sigmas(request.steps, request.flow_shift))
 
 
 def version() -> str:
