@@ -55,6 +55,7 @@ def test_the_reference_is_itself_the_floor_is_near_and_a_skipped_step_is_farther
     assert 0 < floor.fidelity.latent_error < skip.fidelity.latent_error
     assert 100 > floor.fidelity.psnr_db > skip.fidelity.psnr_db > 5
     assert exact.computed == {"cond": 4, "uncond": 4} and skip.computed == {"cond": 3, "uncond": 3}
+    assert skip.work == pytest.approx(0.75) and exact.work == 1 and skip.speedup > 0
     assert skip.differs == {"cache.policy": "mask", "cache.mask": "1101"}
     assert all(len(cell.latent_error) == 4 and len(cell.frame_psnr_db) == 9 for cell in skip.cells)
     # the same noise: until the first predicted step the latents are the reference's, bit for bit
@@ -102,7 +103,7 @@ def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(job, tmp_path, m
     def never(*_, **__):
         raise AssertionError("a finished comparison loads no model")
 
-    monkeypatch.setattr(compare_run.run, "load", never)
+    monkeypatch.setattr(compare_run.stages, "load", never)
     again, _ = compare(job)
     assert [each.fidelity for each in again.variants] == [each.fidelity for each in first.variants]
     with pytest.raises(AssertionError, match="loads no model"):  # another seed is another clip
@@ -110,7 +111,7 @@ def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(job, tmp_path, m
 
 
 def test_bad_input_is_refused_before_a_model_is_loaded(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare_run.run, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(compare_run.stages, "load", lambda *_: pytest.fail("loaded"))
     short = plan_file(tmp_path, "short", "cache:\n  policy: mask\n  mask: '11'\n")
     for plans, says in (
         (("exact", "exact"), "given already"),
