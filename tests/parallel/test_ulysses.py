@@ -60,7 +60,7 @@ def test_eight_bits_made_after_a_plain_wire(ranks):
 
 
 def test_head_chunks_hide_the_exchange(ranks):
-    """A link on which the exchange takes half as long as attention: more than on PCIe, where it is a tenth to a third."""
+    """On a link where the exchange takes half as long as attention; on PCIe it is a tenth to a third."""
     attend_s, exchange_s, shown = 0.4, 0.2, {}
     for chunks in (1, 2, 4, 8):
         for total_s, busy_s, exposed_s in ranks(2).run(tasks.delayed, 64, 16, chunks, attend_s, exchange_s):
