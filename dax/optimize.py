@@ -73,6 +73,8 @@ def resolve(
     elif problem := attention.reason(kernel, machine, dtype, facts.head_dim):
         fallbacks.append(f"attention.kernel = {kernel}: {problem}; {best} instead")
         kernel = best
+    elif remark := attention.lesser(kernel, machine):
+        fallbacks.append(f"attention.kernel = {kernel}: {remark}")
     if compiled == "blocks" and machine.packages is not None and machine.compiler is None:
         fallbacks.append("compile = blocks: no C++ compiler found (install g++ or set CXX); none instead")
         compiled = "none"
@@ -119,7 +121,7 @@ def resolve_linear(linear: Linear, machine: Machine) -> tuple[Linear, Scales | N
 def kernels_of(plan: Plan) -> str:
     """The arithmetic of a resolved plan that is not exact, as a step plan is calibrated on it: "exact" for none."""
     kernel = plan.attention.kernel
-    lossy = [] if attention.KERNELS[kernel].exact else [f"{kernel} attention"]
+    lossy = [] if kernel == "auto" or attention.KERNELS[kernel].exact else [f"{kernel} attention"]
     return ", ".join([*lossy, *(f"{scheme} linears" for scheme in plan.linear.schemes)]) or "exact"
 
 
@@ -192,6 +194,7 @@ def apply(resolved: Resolved, target, machine: Machine, dtype: str, edits: Edits
         layers = target.attentions(cross=kind == "cross")
         processor = WanProcessor(attention.backend_of(name), memory)
         count = attention.apply_attention(layers, processor, edits)
+        name = processor.backend.name
         changes.append(Change("attention.kernel", name, f"{kind}-attention layers", count, total))
     if plan.linear.active:
         from dax.quant import apply_linear

@@ -143,14 +143,15 @@ def start_and_wait(tmp_path, stage: str, stubborn: bool = False) -> subprocess.P
         def pause(*arguments):
             if {stage == "write"}:
                 honest(*arguments)
-            print("inside", flush=True)
+            word = "inside"
             while True:
                 try:
+                    print(word, flush=True)
                     time.sleep(60)
                 except BaseException:
                     if not {stubborn}:
                         raise
-                    print("unmoved", flush=True)
+                    word = "unmoved"
         {module}.{name} = pause
         from dax.cli.main import main
         main(["generate", *{SMALL!r}, "-o", "clip.mp4"])

@@ -106,7 +106,7 @@ def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(job, tmp_path, m
     def never(*_, **__):
         raise AssertionError("a finished comparison loads no model")
 
-    monkeypatch.setattr(compare_run.run, "load", never)
+    monkeypatch.setattr(compare_run.stages, "load", never)
     again, _ = compare(job)
     assert [each.fidelity for each in again.variants] == [each.fidelity for each in first.variants]
     with pytest.raises(AssertionError, match="loads no model"):  # another seed is another clip
@@ -114,7 +114,7 @@ def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(job, tmp_path, m
 
 
 def test_bad_input_is_refused_before_a_model_is_loaded(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare_run.run, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(compare_run.stages, "load", lambda *_: pytest.fail("loaded"))
     short = plan_file(tmp_path, "short", "cache:\n  policy: mask\n  mask: '11'\n")
     for plans, says in (
         (("exact", "exact"), "given already"),

@@ -19,6 +19,7 @@ from dax.bench.judge import judge_clips
 from dax.bench.prompts import default_prompts, read_prompts
 from dax.generate import run
 from dax.generate.request import check_memory, check_whole, make_request
+from dax.generate.steps import checkpoint_of, schedule
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ def compare(job: Job, log=lambda text: None, ready=lambda: None) -> tuple[Compar
     dtype_name = str(dtype).removeprefix("torch.")
     weights = checked.parameters * dtype.itemsize
     check_memory(checked.facts, requests[0], weights, dtype.itemsize, here.memory_gib)
-    checkpoint = run.checkpoint_of(checked)
+    checkpoint = checkpoint_of(checked.folder, checked.facts)
 
     def resolved(plan):
         found = resolve(plan, checked.facts, here, job.strict, dtype_name, checkpoint)
-        run.check_steps(found, checked.facts, requests[0], checkpoint)
+        schedule(found.plan.cache, found.calibration, checked.facts, requests[0], checkpoint)
         return found
 
     knobs, head_dim = job.attribute > 0, checked.facts.head_dim

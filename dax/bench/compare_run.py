@@ -15,7 +15,7 @@ from dax.bench.compare_cells import Cells, key_of
 from dax.bench.compare_record import Cell
 from dax.bench.compare_variants import Arrangement
 from dax.errors import DaxError
-from dax.generate import run
+from dax.generate import run, stages
 from dax.generate.request import Request
 
 
@@ -32,7 +32,7 @@ class Meter:
         can_tell = reset_peak(self.device)
         start = time.perf_counter()
         yield
-        run.synchronize()
+        stages.synchronize()
         self.seconds[name] = round(time.perf_counter() - start, 4)
         self.peak_gib[name] = round(peak_gib(self.device), 3) if can_tell else None
 
@@ -53,7 +53,7 @@ def reset_peak(device: str) -> bool:
 
 def peak_gib(device: str) -> float:
     if device == "cuda":
-        return run.peak_memory_gib(device)
+        return stages.peak_memory_gib(device)
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
@@ -69,9 +69,9 @@ class Runner:
     def pipe(self, flow_shift: float):
         if self.loaded is None:
             self.log(f"loading {self.checked.facts.name}")
-            self.loaded = run.load(self.checked, self.device, self.dtype)
+            self.loaded = stages.load(self.checked, self.device, self.dtype)
             self.checked.unchanged()
-            run.set_flow_shift(self.loaded, flow_shift)
+            stages.set_flow_shift(self.loaded, flow_shift)
         return self.loaded
 
     def text(self, request: Request):
@@ -81,7 +81,7 @@ class Runner:
             pipe, meter = self.pipe(request.flow_shift), Meter(self.device)
             with meter.stage("text"):
                 remarks: list[str] = []
-                embeds = run.encode(pipe, request, remarks)
+                embeds = stages.encode(pipe, request, remarks)
             for text in remarks:
                 self.log(f"warning: {text}")
             self.texts[key] = embeds, meter.seconds["text"], meter.peak_gib["text"]
@@ -90,7 +90,7 @@ class Runner:
     def warm_up(self, request: Request) -> None:
         """One step and a decode, thrown away, so that no plan pays for the first use of anything."""
         pipe, (embeds, _, _) = self.pipe(request.flow_shift), self.text(request)
-        run.decode(pipe, run.denoise(pipe, replace(request, steps=1), *embeds))
+        stages.decode(pipe, stages.denoise(pipe, replace(request, steps=1), *embeds))
 
     @contextmanager
     def arranged(self, arrangement: Arrangement, request: Request):
@@ -98,7 +98,7 @@ class Runner:
         from dax.optimize import optimize
 
         pipe = self.pipe(request.flow_shift)
-        with run.out_of_memory(request), optimize(pipe, arrangement.asked, strict=self.strict) as engine:
+        with stages.out_of_memory(request), optimize(pipe, arrangement.asked, strict=self.strict) as engine:
             if engine.plan != arrangement.plan:
                 said = "; ".join(engine.fallbacks) or "it resolves otherwise than without the weights"
                 raise DaxError("check_failed", f"plan {arrangement.name} on the loaded model: {said}")
@@ -136,11 +136,11 @@ class Runner:
         def keep(step, latents):
             trajectory.append(latents[0].float().cpu().clone())
 
-        with run.out_of_memory(request), run.Forwards(pipe.transformer) as forwards:
+        with stages.out_of_memory(request), stages.Forwards(pipe.transformer) as forwards:
             with meter.stage("denoise"):
-                latents = run.denoise(pipe, request, *embeds, on_step=keep)
+                latents = stages.denoise(pipe, request, *embeds, on_step=keep)
             with meter.stage("decode"):
-                frames = run.decode(pipe, latents)
+                frames = stages.decode(pipe, latents)
         trajectory = np.stack([latents.numpy() for latents in trajectory])
         cell = Cell(
             prompt=index,

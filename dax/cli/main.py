@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     listen()
-    # torch's threads would spin while they wait for each other: on a busy machine that costs six times the time
+    # torch's threads would spin while they wait for each other: on a busy machine that costs several times the time
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         command = typer.main.get_command(app)

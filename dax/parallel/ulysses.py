@@ -122,7 +122,8 @@ def shared(backend, sequence, chunks: int = 0, travel=None):
         tiles = [-(-size // travel.token_align) for size in sequence.layout.token_sizes]
         entries = per_tile.shape[1] // tiles[wire.rank]
         every = gather(wire, widest.unsqueeze(0), (1,) * wire.ranks, 0)
-        return gather(wire, per_tile, tuple(count * entries for count in tiles), 1), every.amax(0)
+        joined = gather(wire, per_tile, tuple(count * entries for count in tiles), 1)
+        return joined.contiguous(), every.amax(0)  # laid out as one process has it: sums go in the same order
 
     def prepare(q, k, v, heads, turn, stats, scale=None):
         operands = travel.prepare(q, k, v, heads, turn, stats, scale)
@@ -142,7 +143,7 @@ def shared(backend, sequence, chunks: int = 0, travel=None):
 def prepared_here(backend, operands, turn, scale):
     """What arrived as q, k, v [B, S, h, D], normed and turned already, as the backend wants it."""
     heads = operands[0].shape[2]
-    q, k, v = (x.flatten(2) for x in operands)
+    q, k, v = (x.flatten(2).contiguous() for x in operands)
     return backend.prepare(q, k, v, heads, turn, backend.stats(k, v, heads, turn), scale)
 
 

@@ -39,6 +39,26 @@ def test_gather_joins_uneven_shares_of_any_type(ranks, dtype):
     assert all(ranks(4).run(tasks.gather_of, (3, 1, 0, 4), dtype, 0))
 
 
+EIGHT_BITS = [  # ranks, B, S, H, ulysses, rows, chunks
+    (2, 1, 391, 4, 2, 1, 1),
+    (4, 2, 520, 5, 2, 2, 2),
+    (8, 1, 1000, 12, 8, 1, 2),
+    (8, 1, 1000, 3, 1, 8, 1),
+]
+
+
+@pytest.mark.parametrize("case", EIGHT_BITS, ids=str)
+def test_eight_bits_on_the_wire_change_no_bit(ranks, case):
+    """Scales, shift and range come from all tokens, whoever holds them: any number of ranks gives the same integers."""
+    count, *layout = case
+    assert set(ranks(count).run(tasks.int8, *layout)) == {0.0}
+
+
+def test_eight_bits_made_after_a_plain_wire(ranks):
+    """Then keys and queries are rounded to 16 bits on the way, and a few integers may come out next to the others."""
+    assert max(ranks(2).run(tasks.int8, 1, 391, 4, 2, 1, 2, "plain")) < 0.003
+
+
 def test_head_chunks_hide_the_exchange(ranks):
     """A link as slow as PCIe takes half as long as attention does: 8 chunks leave little of it to be seen."""
     attend_s, exchange_s = 0.4, 0.2
