@@ -73,6 +73,8 @@ def resolve(
     elif problem := attention.reason(kernel, machine, dtype, facts.head_dim):
         fallbacks.append(f"attention.kernel = {kernel}: {problem}; {best} instead")
         kernel = best
+    elif remark := attention.lesser(kernel, machine):
+        fallbacks.append(f"attention.kernel = {kernel}: {remark}")
     if compiled == "blocks" and machine.packages is not None and machine.compiler is None:
         fallbacks.append("compile = blocks: no C++ compiler found (install g++ or set CXX); none instead")
         compiled = "none"
@@ -80,7 +82,7 @@ def resolve(
         plan.parallel,
         facts,
         machine,
-        ranks,
+        replace(ranks, align=planner.TILE) if kernel in EIGHT_BIT else ranks,
         travels=kernel in EIGHT_BIT,
         attention="bf16" if attention.KERNELS[kernel].exact else "8bit",
         linear="8bit" if linear.active else "bf16",
@@ -192,6 +194,7 @@ def apply(resolved: Resolved, target, machine: Machine, dtype: str, edits: Edits
         layers = target.attentions(cross=kind == "cross")
         processor = WanProcessor(attention.backend_of(name), memory)
         count = attention.apply_attention(layers, processor, edits)
+        name = processor.backend.name
         changes.append(Change("attention.kernel", name, f"{kind}-attention layers", count, total))
     if plan.linear.active:
         from dax.quant import apply_linear

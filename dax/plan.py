@@ -19,7 +19,7 @@ DEFAULT_PRESET = "exact"
 PLANS = Path(__file__).parent / "plans"
 NOT_YET_PRESETS = ()
 NOT_YET_KEYS = ("offload",)  # the whole part; its sub-keys too
-NOT_YET_VALUES = (("attention.kernel", "int8"),)
+NOT_YET_VALUES = ()
 
 
 class Part(BaseModel):
@@ -35,7 +35,7 @@ class Part(BaseModel):
 
 
 class Attention(Part):
-    kernel: Literal["auto", "sdpa", "cudnn", "flash", "sage"] = "auto"
+    kernel: Literal["auto", "sdpa", "cudnn", "flash", "sage", "int8"] = "auto"
 
 
 class Linear(Part):

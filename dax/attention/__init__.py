@@ -4,7 +4,7 @@
 attention layers.
 """
 
-from dax.attention.backend import KERNELS, Turn, apply_attention, backend_of, choose, kernel_for_cross, reason
+from dax.attention.backend import KERNELS, Turn, apply_attention, backend_of, choose, kernel_for_cross, lesser, reason
 
 __all__ = [
     "KERNELS",
@@ -15,15 +15,21 @@ __all__ = [
     "backend_of",
     "choose",
     "kernel_for_cross",
+    "lesser",
     "reason",
 ]
 
 
 def available() -> dict[str, str | None]:
-    """{kernel: None if it runs on this machine in bf16 with heads of 128, else the reason}. Imports torch."""
+    """{kernel: None if it runs on this machine in bf16 with heads of 128, else the reason}. Imports torch.
+
+    Without a GPU, `int8` is told as "int8 (reference)": the same arithmetic in plain torch, for tests and trials.
+    """
     from dax.hardware import machine
 
-    return {kernel: reason(kernel, machine()) for kernel in KERNELS}
+    here = machine()
+    shown = {"int8": "int8 (reference)"} if here.device == "cpu" else {}
+    return {shown.get(kernel, kernel): reason(kernel, here) for kernel in KERNELS}
 
 
 def attend(q, k, v, *, kernel: str = "auto", scale: float | None = None):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dax.edits import Edits
 from dax.errors import DaxError, nearest
-from dax.hardware import Machine
+from dax.hardware import Machine, no_kernels
 
 HALF = ("bfloat16", "float16")
 
@@ -46,6 +46,7 @@ KERNELS = {
         min_sm=80,
         install="pip install sageattention",
     ),
+    "int8": Kernel(exact=False, head_dims=(64, 128)),
 }
 
 
@@ -67,10 +68,11 @@ class Turn(NamedTuple):
 class Backend:
     """A kernel as four functions, so that its operands can travel between ranks in the form it wants them.
 
-    q, k, v are projections [B, s, C] of this rank's tokens; their rows may be strided.
+    q are projected queries [B, s, C] of this rank's tokens, k finished keys (`turn` is done), v projected values; the
+    rows of q and v may be strided.
     stats    (k, v, heads, turn) -> (per_tile, range): what prepare must know of all tokens, or None if nothing.
              Over ranks: per_tile is concatenated along dim 1 in token order, range is the elementwise maximum.
-    prepare  (q, k, v, heads, turn, stats, scale) -> operands, a tuple of tensors
+    prepare  (q, k, v, heads, turn, stats, scale) -> operands, a tuple of tensors; it also takes q through `turn`
     attend   (operands, num_keys, scale) -> o [B, S, h, D]; scale is 1 / sqrt(D) when None, and the same for both
     layout   of each operand: (dim of heads, dim of tokens or None, tokens per entry)
     num_query_operands  of the operands, how many belong to queries: the first ones
@@ -89,9 +91,9 @@ class Backend:
 
 def backend_of(kernel: str) -> Backend:
     """The functions of a kernel that runs here. Imports torch."""
-    from dax.attention import dense
+    from dax.attention import dense, int8
 
-    return dense.backend(kernel)
+    return int8.backend() if kernel == "int8" else dense.backend(kernel)
 
 
 def reason(kernel: str, machine: Machine, dtype: str = "bfloat16", head_dim: int = 128) -> str | None:
@@ -116,7 +118,31 @@ def reason(kernel: str, machine: Machine, dtype: str = "bfloat16", head_dim: int
         return f"needs bfloat16 or float16, the model is {dtype}"
     if needs.head_dims and head_dim not in needs.head_dims:
         return f"does not take heads of {head_dim}"
+    if kernel == "int8":
+        return int8_problem(machine, dtype)
     return None
+
+
+def int8_problem(machine: Machine, dtype: str) -> str | None:
+    """Why DAX's own kernel does not run there, or None: on a GPU that is here, its self-check says."""
+    if machine.device != "cuda":
+        return None  # the reference
+    if dtype not in HALF:
+        return f"needs bfloat16 or float16, the model is {dtype}"
+    return no_kernels(machine) or (None if machine.is_data_sheet else self_check().problem)
+
+
+def lesser(kernel: str, machine: Machine) -> str | None:
+    """What a kernel that runs there runs as instead of its best, and why; None if it is at its best."""
+    if kernel != "int8" or machine.device != "cuda" or machine.is_data_sheet:
+        return None
+    return self_check().lesser
+
+
+def self_check():
+    from dax.attention.int8 import self_check
+
+    return self_check()
 
 
 def package(kernel: str, machine: Machine) -> str | None:

@@ -8,18 +8,19 @@ from dax.hardware import machine
 def attend(q, k, v, *, kernel: str = "auto", scale: float | None = None):
     """`dax.attention.attend`, see there."""
     check_operands(q, k, v)
-    here, dtype, head_dim = machine(q.device.type), str(q.dtype).removeprefix("torch."), q.shape[-1]
+    here, head_dim = machine(q.device.type), q.shape[-1]
+    name = str(q.dtype).removeprefix("torch.")
     if kernel == "auto":
-        kernel = choose(here, dtype, head_dim)
-    problem = reason(kernel, here, dtype, head_dim)
+        kernel = choose(here, name, head_dim)
+    problem = reason(kernel, here, name, head_dim)
     if problem:
-        runs = [name for name in KERNELS if reason(name, here, dtype, head_dim) is None]
+        runs = [other for other in KERNELS if reason(other, here, name, head_dim) is None]
         raise DaxError("unsupported", f"attention kernel {kernel!r} {problem}; these run here: {', '.join(runs)}")
     backend, heads, turn = backend_of(kernel), q.shape[2], Turn()
-    num_keys = k.shape[1]
+    num_keys, dtype = k.shape[1], q.dtype
     q, k, v = (x.flatten(2) for x in (q, k, v))
     operands = backend.prepare(q, k, v, heads, turn, backend.stats(k, v, heads, turn), scale)
-    return backend.attend(operands, num_keys, scale)
+    return backend.attend(operands, num_keys, scale).to(dtype)
 
 
 def check_operands(q, k, v) -> None:

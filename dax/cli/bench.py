@@ -8,7 +8,7 @@ import typer
 
 from dax.errors import DaxError, nearest
 
-SUBJECTS = ("start", "linear", "block", "forward", "cache", "step", "video", "claims")
+SUBJECTS = ("start", "linear", "block", "forward", "cache", "step", "video", "parallel", "claims")
 
 
 def command(
@@ -27,6 +27,7 @@ def command(
     waterfall: Annotated[bool, typer.Option("--waterfall", help="add each plan's techniques one by one")] = False,
     warm_up_s: Annotated[float, typer.Option("--warm-up", help="seconds back to back before each visit")] = 5.0,
     timed_s: Annotated[float, typer.Option("--seconds", help="seconds timed per row, over two visits")] = 5.0,
+    gpus: Annotated[int, typer.Option(help="parallel: how many")] = 2,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
@@ -66,6 +67,10 @@ def command(
         from dax.bench.linear import COLUMNS, bench
 
         result = bench(model, size, warm_up_s, timed_s, device, log)
+    elif subject == "parallel":
+        from dax.bench.parallel import COLUMNS, bench
+
+        result = bench(model, size, layers, (plan or ["exact"])[0], gpus, warm_up_s, timed_s, device, log)
     else:
         from dax.bench.contest import COLUMNS, bench
 

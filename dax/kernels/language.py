@@ -1,11 +1,21 @@
-"""Triton and Gluon under the names the kernel files use, or stand-ins where Triton is not installed.
+"""Triton and Gluon under the names the kernel files use, or stand-ins where they are not installed.
 
 A stand-in lets a kernel file be imported on a machine without a GPU, where only its reference runs.
 """
 
+
+class Absent:
+    jit = staticmethod(lambda function: function)
+    constexpr = staticmethod(lambda value: value)
+
+
 try:
     import triton
     import triton.language as tl
+except ImportError:
+    triton = tl = Absent
+
+try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
@@ -16,19 +26,18 @@ try:
         warpgroup_mma_init,
         warpgroup_mma_wait,
     )
-except ImportError:
 
-    class Absent:
-        jit = staticmethod(lambda function: function)
-        constexpr = staticmethod(lambda value: value)
-
-    triton = tl = gluon = gl = Absent
-    fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_init = warpgroup_mma_wait = None
+    load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.7
+except (ImportError, AttributeError):  # Gluon is experimental: a Triton may lack it, or some of it
+    gluon = gl = Absent
+    fence_async_shared = load_tile = mbarrier = tma = warpgroup_mma = warpgroup_mma_init = warpgroup_mma_wait = None
 
 __all__ = [
+    "Absent",
     "fence_async_shared",
     "gl",
     "gluon",
+    "load_tile",
     "mbarrier",
     "tl",
     "tma",

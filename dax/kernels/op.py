@@ -30,6 +30,8 @@ class Op:
     cases      {name: (generator, device) -> arguments}: shapes worth a test, odd ones on purpose
     cost       the same signature; tensors may be on the meta device
     min_sm     the oldest GPU generation the kernel runs on
+    exact      the same signature; what decoded outputs approximate, in fp32. None: the reference on fp32 arguments
+    decode     (the outputs) -> fp32 numbers to compare, where codes and scales are not
     """
 
     name: str
@@ -39,13 +41,22 @@ class Op:
     cost: Callable[..., Cost]
     min_sm: int
     run: Callable
+    exact: Callable | None = None
+    decode: Callable | None = None
 
     def __call__(self, *args, **kwargs):
         return self.run(*args, **kwargs)
 
 
 def define(
-    reference: Callable, launch: Callable, *, cases: dict[str, Callable], cost: Callable[..., Cost], min_sm: int = 80
+    reference: Callable,
+    launch: Callable,
+    *,
+    cases: dict[str, Callable],
+    cost: Callable[..., Cost],
+    min_sm: int = 80,
+    exact: Callable | None = None,
+    decode: Callable | None = None,
 ) -> Op:
     """Register `reference` and `launch` as the operator torch.ops.dax.<name of the reference without _reference>.
 
@@ -55,5 +66,5 @@ def define(
     run = torch.library.custom_op(f"dax::{name}", launch, mutates_args=(), device_types="cuda")
     run.register_kernel("cpu")(reference)
     run.register_fake(reference)
-    OPS[name] = Op(name, reference, launch, cases, cost, min_sm, run)
+    OPS[name] = Op(name, reference, launch, cases, cost, min_sm, run, exact, decode)
     return OPS[name]

@@ -1,7 +1,7 @@
 """Queries and keys between their projection and attention: RMS norm over all heads, then rotation by position.
 
-The row helpers here are shared with `qk_quantize`: a row is read once from memory for its mean square and once more
-from the cache for the result, `CHUNK` columns (whole heads) at a time, so that any number of heads is tiled exactly.
+The row helpers are shared with `qk_quantize`: a row is read once from memory for its mean square and once more from
+the cache for the result, CHUNK columns (whole heads) at a time, so that any number of heads is tiled exactly.
 """
 
 import torch
@@ -42,7 +42,7 @@ def qk_norm_rope_reference(
 
 @triton.jit
 def inverse_rms(row, valid, eps, C: tl.constexpr, CHUNK: tl.constexpr, NORM: tl.constexpr):
-    """1 / RMS of each row [R]; `row` are pointers [R, 1] to the rows' first elements. Ones without NORM."""
+    """1 / RMS of each row, [R, 1]; `row` are pointers [R, 1] to the rows' first elements. Ones without NORM."""
     columns = tl.arange(0, CHUNK)[None, :]
     if NORM:
         squares = tl.zeros((row.shape[0], CHUNK), tl.float32)
@@ -55,29 +55,24 @@ def inverse_rms(row, valid, eps, C: tl.constexpr, CHUNK: tl.constexpr, NORM: tl.
 
 
 @triton.jit
-def angles(table, token, valid, CHUNK: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr):
-    """cos or sin of each pair of CHUNK columns [R, CHUNK / 2]: the same for every chunk of a row."""
+def angles(Table, at, valid, ROPE: tl.constexpr):
+    """cos or sin of each pair of columns [R, N / 2], from its two equal entries at `at` [R, N]."""
     if ROPE:
-        columns = tl.arange(0, CHUNK)[None, :]
-        both = tl.load(table + token * D + columns % D, valid, 0.0)
-        first, second = tl.split(both.reshape(token.shape[0], CHUNK // 2, 2))
+        first, second = tl.split(tl.load(Table + at, valid, 0.0).reshape(at.shape[0], at.shape[1] // 2, 2))
         return first
     else:
         return tl.zeros((1, 1), tl.float32)
 
 
 @triton.jit
-def normed_turned(
-    row, inverse, Weight, cos, sin, valid, offset, CHUNK: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr
-):
-    """The finished columns [offset, offset + CHUNK) of the rows, fp32 [R, CHUNK]."""
-    columns = offset + tl.arange(0, CHUNK)
+def normed_turned(row, columns, Weight, cos, sin, valid, NORM: tl.constexpr, ROPE: tl.constexpr):
+    """Those columns of the rows, times the norm's weight and rotated, fp32 [R, N]; without the rows' 1 / RMS."""
     x = tl.load(row + columns[None, :], valid, 0.0).to(tl.float32)
     if NORM:
-        x = x * inverse * tl.load(Weight + columns).to(tl.float32)[None, :]
+        x = x * tl.load(Weight + columns).to(tl.float32)[None, :]
     if ROPE:
-        even, odd = tl.split(x.reshape(x.shape[0], CHUNK // 2, 2))
-        x = tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(x.shape[0], CHUNK)
+        even, odd = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
+        x = tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(x.shape[0], x.shape[1])
     return x
 
 
@@ -90,11 +85,13 @@ def norm_rope_kernel(
     batch = tl.program_id(1).to(tl.int64)
     valid = token < S
     row = X + batch * stride_b + token.to(tl.int64) * stride_s
-    out = Out + (batch * S + token) * C + tl.arange(0, CHUNK)[None, :]
-    cos, sin = angles(Cos, token, valid, CHUNK, D, ROPE), angles(Sin, token, valid, CHUNK, D, ROPE)
+    columns = tl.arange(0, CHUNK)
+    out = Out + (batch * S + token) * C + columns[None, :]
+    at = token * D + columns[None, :] % D
+    cos, sin = angles(Cos, at, valid, ROPE), angles(Sin, at, valid, ROPE)
     inverse = inverse_rms(row, valid, eps, C, CHUNK, NORM)
     for j in tl.static_range(C // CHUNK):
-        y = normed_turned(row, inverse, Weight, cos, sin, valid, j * CHUNK, CHUNK, NORM, ROPE)
+        y = normed_turned(row, columns + j * CHUNK, Weight, cos, sin, valid, NORM, ROPE) * inverse
         tl.store(out + j * CHUNK, y.to(Out.dtype.element_ty), valid)
 
 

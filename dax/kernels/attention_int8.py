@@ -1,0 +1,154 @@
+"""softmax(q k^T) v with 8-bit operands: int8 scores, exact in int32; fp8 probabilities and values, summed in fp32.
+
+On Hopper the kernel is written in Gluon (`attention_int8_hopper`), elsewhere in Triton (`attention_int8_triton`): same
+operands, same result up to rounding. `qk_quantize` and `v_quantize` make the operands.
+"""
+
+import torch
+
+from dax.errors import DaxError
+from dax.kernels import attention_int8_hopper, attention_int8_triton
+from dax.kernels.language import Absent, gl
+from dax.kernels.op import Cost, define
+from dax.kernels.qk_quantize import k_quantize_reference, q_quantize_reference
+from dax.kernels.v_quantize import ORDER, v_quantize_reference
+
+ROWS_ON_CPU = 1024  # queries whose scores the reference holds at a time
+HEAD_DIMS = (64, 128)
+
+
+def attention_int8_reference(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    v: torch.Tensor,
+    v_scale: torch.Tensor,
+    num_keys: int,
+    portable: bool = False,
+) -> torch.Tensor:
+    """Attention of quantized operands, not causal, without a mask.
+
+    q, q_scale  [B, H, S, D] int8, [B, H, S] fp32         q_quantize: softmax's scale and log2 e are in the scales
+    k, k_scale  [B, H, T, 128, D] int8, [B, H, T] fp32    k_quantize
+    v, v_scale  [B, H, T, D, 128] fp8 or fp16, [B, H, D]  v_quantize
+    num_keys    of the T 128 that are real
+    portable    the Triton kernel even where Hopper's would run
+    returns     [B, S, H, D] bf16
+    p = 2^(s - max s + 8) is rounded to v's dtype, and the sum of those very p divides the output.
+    4 B H S num_keys D operations at 8 bits. DaxError("bad_request") for operands that do not fit together.
+    """
+    return attention(q, q_scale, k, k_scale, v, v_scale, num_keys, v.dtype).to(torch.bfloat16)
+
+
+def attention_exact(q, q_scale, k, k_scale, v, v_scale, num_keys, portable=False) -> torch.Tensor:
+    """The same without rounding p: fp32 [B, S, H, D]."""
+    return attention(q, q_scale, k, k_scale, v, v_scale, num_keys, torch.float32)
+
+
+def attention(q, q_scale, k, k_scale, v, v_scale, num_keys, p_dtype):
+    check(q, q_scale, k, k_scale, v, v_scale, num_keys)
+    keys = (k.float() * k_scale[..., None, None]).flatten(2, 3)[:, :, :num_keys]
+    restore = torch.tensor([ORDER.index(token) for token in range(16)], device=v.device)
+    values = v.float().unflatten(-1, (-1, 16))[..., restore].flatten(-2).transpose(3, 4).flatten(2, 3)[:, :, :num_keys]
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    for first in range(0, q.shape[2], ROWS_ON_CPU):
+        rows = slice(first, first + ROWS_ON_CPU)
+        s = (q[:, :, rows].float() * q_scale[:, :, rows, None]) @ keys.transpose(2, 3)
+        p = torch.exp2(s - s.amax(-1, keepdim=True) + 8).to(p_dtype).float()
+        out[:, :, rows] = (p @ values) / p.sum(-1, keepdim=True)
+    return (out * v_scale[:, :, None]).transpose(1, 2).contiguous()
+
+
+def launch(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    v: torch.Tensor,
+    v_scale: torch.Tensor,
+    num_keys: int,
+    portable: bool = False,
+) -> torch.Tensor:
+    check(q, q_scale, k, k_scale, v, v_scale, num_keys)
+    operands = [x.contiguous() for x in (q, q_scale, k, k_scale, v, v_scale)]
+    sm = compute_capability(q.device)
+    if hopper(sm) and not portable and v.dtype == torch.float8_e4m3fn:
+        return attention_int8_hopper.launch(*operands, num_keys)
+    return attention_int8_triton.launch(*operands, num_keys, sm)
+
+
+def hopper(sm: int) -> bool:
+    """Whether the kernel for Hopper runs: its instructions exist on compute capability 9.0 alone."""
+    return sm == 90 and gl is not Absent
+
+
+def compute_capability(device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def check(q, q_scale, k, k_scale, v, v_scale, num_keys) -> None:
+    """DaxError("bad_request") unless the operands fit together."""
+    shapes = ", ".join(str(list(x.shape)) for x in (q, q_scale, k, k_scale, v, v_scale))
+    where = f"attention_int8 of {shapes} and {num_keys} keys"
+    if q.ndim != 4 or k.ndim != 5 or v.ndim != 5:
+        raise DaxError("bad_request", f"{where}: expected q [B, H, S, D], k [B, H, T, 128, D], v [B, H, T, D, 128]")
+    B, H, S, D = q.shape
+    T, tile = k.shape[2:4]
+    if D not in HEAD_DIMS:
+        raise DaxError("bad_request", f"{where}: heads of {D} channels; it takes {' or '.join(map(str, HEAD_DIMS))}")
+    wanted = ((B, H, S, D), (B, H, S), (B, H, T, tile, D), (B, H, T), (B, H, T, D, tile), (B, H, D))
+    if shapes != ", ".join(str(list(shape)) for shape in wanted) or S == 0 or tile % 128:
+        raise DaxError("bad_request", f"{where}: they do not fit together")
+    if not T * tile - tile < num_keys <= T * tile:
+        raise DaxError("bad_request", f"{where}: {T} tiles hold {T * tile - tile + 1} to {T * tile} keys")
+    dtypes = (torch.int8, torch.float32, torch.int8, torch.float32, v.dtype, torch.float32)
+    given = (q, q_scale, k, k_scale, v, v_scale)
+    if any(x.dtype != dtype for x, dtype in zip(given, dtypes)) or len({x.device for x in given}) > 1:
+        kinds = ", ".join(f"{x.dtype} on {x.device}".removeprefix("torch.") for x in given)
+        raise DaxError("bad_request", f"{where}: they are {kinds}; expected int8 and fp32 on one device")
+
+
+def cost(q, q_scale, k, k_scale, v, v_scale, num_keys, portable=False) -> Cost:
+    B, H, S, D = q.shape
+    moved = sum(x.numel() * x.element_size() for x in (q, q_scale, k, k_scale, v, v_scale)) + 2 * q.numel()
+    return Cost(4 * B * H * S * num_keys * D, moved, "int8")
+
+
+def case(B, S, N, H, D, *, v_dtype=torch.float8_e4m3fn, scale=1.0, portable=False):
+    def arguments(generator, device):
+        q, k, v = (torch.randn(B, n, H, D, generator=generator, device=device) * scale for n in (S, N, N))
+        has_fp8 = device != "cuda" or compute_capability(device) >= 89
+        return *arguments_of(q, k, v, v_dtype if has_fp8 else torch.float16), portable
+
+    return arguments
+
+
+def arguments_of(q, k, v, v_dtype):
+    """Operands by the references, for tests."""
+    D = q.shape[-1]
+    return (
+        *q_quantize_reference(q.flatten(2), q.shape[2], D**-0.5),
+        *k_quantize_reference(k, k.mean(1)),
+        *v_quantize_reference(v, v.abs().amax(1), v_dtype),
+        k.shape[1],
+    )
+
+
+ATTENTION_INT8 = define(
+    attention_int8_reference,
+    launch,
+    cases={
+        "one token, one key": case(1, 1, 1, 3, 128),
+        "63 in two batches": case(2, 63, 63, 2, 64),
+        "257 to 512": case(1, 257, 512, 2, 128),
+        "500 to 1361": case(1, 500, 1361, 2, 128),
+        "fp16 values": case(1, 130, 300, 2, 64, v_dtype=torch.float16),
+        "zeros": case(1, 65, 129, 1, 128, scale=0.0),
+        "portable, 63 in two batches": case(2, 63, 63, 2, 64, portable=True),
+        "portable, 500 to 1361": case(1, 500, 1361, 2, 128, portable=True),
+    },
+    cost=cost,
+    exact=attention_exact,
+)

@@ -1,0 +1,81 @@
+"""8-bit attention in plain Triton: for GPUs without Hopper's warpgroup instructions, and where Gluon is missing.
+
+One program takes ROWS queries of a head through all its keys. The products overlap with nothing but their neighbours on
+the same multiprocessor, three of which fit.
+"""
+
+import torch
+
+from dax.kernels.language import tl, triton
+
+CONFIG = {  # compute capability: rows of a program, keys of a step, and what Triton is told
+    80: {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2},
+    90: {"ROWS": 64, "KEYS": 128, "num_warps": 4, "num_stages": 2, "maxnreg": 168},
+}
+
+
+@triton.jit
+def attend_tile(
+    q, q_scale, K, KScale, V, largest, total, acc, i, num_keys,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One step of the running softmax over KEYS keys: its new maximum [ROWS], sum [ROWS] and output [ROWS, D]."""
+    key, channel = tl.arange(0, KEYS), tl.arange(0, D)
+    k = tl.load(K + (i * KEYS + key)[:, None] * D + channel[None, :])
+    s = tl.dot(q, tl.trans(k), out_dtype=tl.int32)
+    scale = q_scale * tl.load(KScale + i * KEYS // TILE)
+    new = tl.maximum(largest, tl.max(s, 1).to(tl.float32) * scale)  # of integers: half the instructions
+    p = tl.exp2(s.to(tl.float32) * scale[:, None] - (new - 8.0)[:, None])  # up to 2^8: fp8's range
+    if TAIL:
+        p = tl.where((i * KEYS + key < num_keys)[None, :], p, 0.0)
+    fade = tl.exp2(largest - new)
+    total = total * fade + tl.sum(p, 1)
+    first = tl.multiple_of(i * KEYS // TILE * D * TILE + i * KEYS % TILE, 16)
+    v = tl.load(V + first + channel[:, None] * TILE + key[None, :])
+    p = p.to(V.dtype.element_ty).reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
+    acc = acc * fade[:, None] + tl.dot(p, tl.trans(v))  # a fresh sum each step: fp8's accumulator keeps 22 bits
+    return new, total, acc
+
+
+@triton.jit
+def attention_kernel(
+    Q, QScale, K, KScale, V, VScale, Out, S, H, num_keys, num_tiles,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(1).to(tl.int64)  # batch and head
+    row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
+    valid = row < S
+    q = tl.load(Q + (index * S + row)[:, None] * D + channel[None, :], valid[:, None], 0)
+    q_scale = tl.load(QScale + index * S + row, valid, 0.0)
+    K += index * num_tiles * TILE * D
+    V += index * num_tiles * TILE * D
+    KScale += index * num_tiles
+    largest = tl.full((ROWS,), -1e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, D), tl.float32)
+    whole = num_keys // KEYS
+    for i in range(whole):
+        largest, total, acc = attend_tile(
+            q, q_scale, K, KScale, V, largest, total, acc, i, num_keys, ROWS, KEYS, TILE, D, False
+        )
+    if whole * KEYS < num_keys:
+        largest, total, acc = attend_tile(
+            q, q_scale, K, KScale, V, largest, total, acc, whole, num_keys, ROWS, KEYS, TILE, D, True
+        )
+    o = acc * (1.0 / total)[:, None] * tl.load(VScale + index * D + channel)[None, :]
+    out = Out + ((index // H * S + row) * H + index % H)[:, None] * D + channel[None, :]
+    tl.store(out, o.to(Out.dtype.element_ty), valid[:, None])
+
+
+def launch(q, q_scale, k, k_scale, v, v_scale, num_keys: int, sm: int) -> torch.Tensor:
+    """See attention_int8."""
+    B, H, S, D = q.shape
+    _, _, num_tiles, TILE, _ = k.shape
+    out = torch.empty(B, S, H, D, device=q.device, dtype=torch.bfloat16)
+    config = CONFIG[max(known for known in CONFIG if known <= sm)]
+    with torch.cuda.device_of(q):
+        attention_kernel[triton.cdiv(S, config["ROWS"]), B * H](
+            q, q_scale, k, k_scale, v, v_scale, out, S, H, num_keys, num_tiles,
+            TILE=TILE, D=D, enable_fp_fusion=True, **config,
+        )  # fmt: skip
+    return out
