@@ -17,7 +17,6 @@ from dax.cache.policy import maker, resolve_cache
 from dax.cache.step_plan import Setting, flow_sigmas
 from dax.errors import DaxError
 from dax.generate.calibrate import Job, run
-from dax.models.tiny import FOLDER
 from dax.models.wan_steps import checkpoint_digest
 from dax.plan import Cache, Plan
 
@@ -31,7 +30,7 @@ def calibrated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrated")
     (folder / "prompts.txt").write_text("".join(PROMPTS))
     job = Job(SMALL, str(folder / "tiny.json"), prompts=str(folder / "prompts.txt"), device="cpu")
-    return run(replace(job, effort=Effort((0.625, 0.5), probes=2, climb=2))), folder / "tiny.json"
+    return run(replace(job, effort=Effort((0.625, 0.5), probes=1, climb=1))), folder / "tiny.json"
 
 
 @pytest.fixture
@@ -226,7 +225,7 @@ def test_a_digest_is_of_the_checkpoint_in_any_dtype(pipe, tmp_path):
         assert folder_digest(tmp_path / "a.safetensors", 4) == digest
     with torch.no_grad():
         pipe.transformer.scale_shift_table[0, 0, 0] += 1
-    assert checkpoint_digest(pipe.transformer) != digest and (FOLDER / "prompts.txt").exists()
+    assert checkpoint_digest(pipe.transformer) != digest
 
 
 def test_recording_is_what_the_runs_did(pipe):
