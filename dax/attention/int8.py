@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from dax.attention.backend import Backend
-from dax.kernels.attention_int8 import ATTENTION_INT8, compute_capability, hopper
+from dax.kernels.attention_int8 import ATTENTION_INT8, compute_capability
 from dax.kernels.language import Absent, gl
 from dax.kernels.qk_quantize import K_QUANTIZE, Q_QUANTIZE, TILE
 from dax.kernels.token_stats import TOKEN_AMAX, TOKEN_MEANS
@@ -34,9 +34,7 @@ def build(name: str, portable: bool) -> Backend:
     def attend(operands, num_keys, scale=None):
         return ATTENTION_INT8(*operands, num_keys, portable)
 
-    return Backend(
-        name, stats, prepare, attend, layout=LAYOUT, num_query_operands=2, token_align=TILE
-    )
+    return Backend(name, stats, prepare, attend, layout=LAYOUT, num_query_operands=2, token_align=TILE)
 
 
 def stats(k, v, heads, turn=None):

@@ -1,4 +1,4 @@
-"""`dax bench start|linear|block|forward|claims`: figures with their ceilings. The work is in `dax.bench`."""
+"""`dax bench start|attention|linear|block|forward|claims`: figures with their ceilings. The work is in `dax.bench`."""
 
 import json
 import sys
@@ -8,15 +8,16 @@ import typer
 
 from dax.errors import DaxError, nearest
 
-SUBJECTS = ("start", "linear", "block", "forward", "claims")
+SUBJECTS = ("start", "attention", "linear", "block", "forward", "claims")
 
 
 def command(
-    subject: Annotated[str, typer.Argument(help="start, linear, block, forward or claims")],
+    subject: Annotated[str, typer.Argument(help="start, attention, linear, block, forward or claims")],
     model: Annotated[str | None, typer.Option(help="a known name (random weights) or a diffusers folder")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
     num_frames: Annotated[int | None, typer.Option(help="frames of the video")] = None,
+    tokens: Annotated[int | None, typer.Option(help="attention: this many, whatever the video")] = None,
     layers: Annotated[
         int | None, typer.Option("--layers", "--num-blocks", help="blocks to build (4 for block, all for forward)")
     ] = None,
@@ -46,6 +47,10 @@ def command(
         from dax.bench.start import COLUMNS, bench
 
         result = bench(model, size, (plan or ["exact"])[0], device, log)
+    elif subject == "attention":
+        from dax.bench.attention import COLUMNS, bench
+
+        result = bench(model, size, rows, warm_up_s, timed_s, device, log, tokens)
     elif subject == "linear":
         from dax.bench.linear import COLUMNS, bench
 

@@ -261,8 +261,9 @@ Q_QUANTIZE = define(
         "130 of five heads": q_case(1, 130, 5, 64, dtype=torch.float16),
     },
     cost=lambda q, heads, scale, *turn: Cost(30 * q.numel(), (q.element_size() + 1) * q.numel(), "fp32"),
-    exact=lambda q, heads, scale, *turn: transformed(qk_norm_rope_reference(q.float(), heads, *turn)).transpose(1, 2)
-    * (scale * LOG2_E),
+    exact=lambda q, heads, scale, *turn: (
+        transformed(qk_norm_rope_reference(q.float(), heads, *turn)).transpose(1, 2) * (scale * LOG2_E)
+    ),
     decode=lambda outputs: outputs[0].float() * outputs[1][..., None],
 )
 
