@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
-from dax.kernels.quantize import LARGEST, load_row, quantize_rows_reference, row_meta, store_codes, store_row
+from dax.kernels.quantize import LARGEST, decoded, load_row, quantize_rows_reference, row_meta, store_codes, store_row
 
 
 def norm_modulate_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
@@ -151,5 +151,7 @@ norm_modulate_quantize = define(
         "affine, e4m3": case(1, 257, 5120, 1, torch.float8_e4m3fn),
         "static, int8": case(1, 63, 1536, 1, torch.int8, static=True),
     },
+    exact=lambda x, weight, bias, eps, dtype, scale=None: norm_modulate_reference(x.float(), weight, bias, eps),
+    decode=decoded,
     cost=lambda x, weight, bias, eps, dtype, scale=None: Cost(0, x.numel() * (x.element_size() + 1)),
 )

@@ -41,6 +41,11 @@ def to_codes(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (x.round() if dtype == torch.int8 else x).to(dtype)
 
 
+def decoded(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """What codes and their rows' scales stand for, in fp32."""
+    return codes.float() * scale[..., None]
+
+
 @triton.jit
 def load_row(X, C: tl.constexpr, CHUNK: tl.constexpr):
     """The row at X in fp32, as chunks that stay in registers; zero beyond C."""
@@ -138,5 +143,7 @@ quantize_rows = define(
         "static, int8": case(63, 384, torch.int8, static=True),
         "static, e4m3": case(63, 384, torch.float8_e4m3fn, static=True),
     },
+    exact=lambda x, dtype, scale=None: x.float(),
+    decode=decoded,
     cost=lambda x, dtype, scale=None: Cost(0, x.numel() * (x.element_size() + 1) + 4 * x.numel() / x.shape[-1]),
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dax.errors import DaxError
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
-from dax.kernels.quantize import LARGEST, quantize_rows_reference, to_codes
+from dax.kernels.quantize import LARGEST, decoded, quantize_rows_reference, to_codes
 
 
 def scaled_linear_reference(
@@ -238,6 +238,9 @@ scaled_linear = define(
         "e5m2 by e4m3": case((63, 384), 256, torch.float8_e5m2),
         "long, int8": case((3, 13824), 32, torch.int8),
     },
+    exact=lambda x, x_scale, weight, weight_scale, bias, dtype, *rest: scaled_linear_reference(
+        x, x_scale, weight, weight_scale, bias, torch.float32, *rest
+    ),
     cost=cost,
 )
 scaled_linear_quantize = define(
@@ -247,5 +250,9 @@ scaled_linear_quantize = define(
         "gelu, int8": case((130, 384), 1024, torch.int8, static=True, gelu=True),
         "gelu, e4m3": case((63, 400), 528, torch.float8_e4m3fn, static=True, gelu=True),
     },
+    exact=lambda x, x_scale, weight, weight_scale, bias, out_scale, gelu: scaled_linear_reference(
+        x, x_scale, weight, weight_scale, bias, torch.float32, gelu
+    ),
+    decode=decoded,
     cost=cost,
 )

@@ -1,0 +1,77 @@
+"""The door to diffusers' own loading: `register()` makes "dax" a quantization config of `from_pretrained`.
+
+Weights are quantised once they are loaded, or come quantised from `save_pretrained`. diffusers casts every float tensor
+to the dtype it loads in; scales are set aside before that, so that they stay fp32 bit for bit.
+"""
+
+from enum import Enum
+
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from dax.quant.apply import planned, quantize_
+from dax.quant.linear import QuantLinear
+
+SCALES = (".weight_scale", ".input_scale")
+
+
+class Method(str, Enum):  # noqa: UP042  diffusers reads .value of a str
+    DAX = "dax"
+
+
+class DaxConfig(QuantizationConfigMixin):
+    """`from_pretrained(..., quantization_config=DaxConfig({"blocks": "int8"}))`; rules as of quantize_."""
+
+    def __init__(self, rules: dict[str, str], granularity: str = "token-channel", quant_method: str = "dax"):
+        self.quant_method, self.rules, self.granularity = Method(quant_method), dict(rules), granularity
+
+    def to_dict(self) -> dict:
+        return {"quant_method": "dax", "rules": self.rules, "granularity": self.granularity}
+
+    to_diff_dict = to_dict
+
+
+class DaxQuantizer(DiffusersQuantizer):
+    """What diffusers asks while it loads and saves a model with a DaxConfig."""
+
+    use_keep_in_fp32_modules = True
+    is_serializable = True
+    is_trainable = False
+
+    def __init__(self, quantization_config: DaxConfig, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self.scales: dict = {}
+
+    def _process_model_before_weight_loading(self, model, **_):
+        if not self.pre_quantized:
+            return
+        config = self.quantization_config
+        for name, rule in planned(model, config.rules, config.granularity).items():
+            old = model.get_submodule(name)
+            parent, _, leaf = name.rpartition(".")
+            new = QuantLinear(old.in_features, old.out_features, old.bias is not None, rule, "meta")
+            setattr(model.get_submodule(parent), leaf, new)
+
+    def maybe_update_state_dict(self, state_dict):
+        self.scales |= {name: tensor for name, tensor in state_dict.items() if name.endswith(SCALES)}
+        return state_dict
+
+    def check_if_quantized_param(self, model, param_value, param_name, state_dict, **_):
+        return param_name in self.scales
+
+    def create_quantized_param(self, model, param_value, param_name, target_device, *_, **__):
+        owner, _, leaf = param_name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, self.scales.pop(param_name).to(target_device))
+
+    def _process_model_after_weight_loading(self, model, **_):
+        if not self.pre_quantized:
+            quantize_(model, self.quantization_config.rules, self.quantization_config.granularity)
+        return model
+
+
+def register() -> type[DaxConfig]:
+    """Enter "dax" into diffusers' two tables of quantization methods, for this process; returns the config's class."""
+    auto.AUTO_QUANTIZER_MAPPING["dax"] = DaxQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["dax"] = DaxConfig
+    return DaxConfig
