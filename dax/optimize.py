@@ -82,7 +82,7 @@ def resolve(
         plan.parallel,
         facts,
         machine,
-        ranks,
+        replace(ranks, align=planner.TILE) if kernel in EIGHT_BIT else ranks,
         travels=kernel in EIGHT_BIT,
         attention="bf16" if attention.KERNELS[kernel].exact else "8bit",
         linear="8bit" if linear.active else "bf16",
@@ -121,7 +121,7 @@ def resolve_linear(linear: Linear, machine: Machine) -> tuple[Linear, Scales | N
 def kernels_of(plan: Plan) -> str:
     """The arithmetic of a resolved plan that is not exact, as a step plan is calibrated on it: "exact" for none."""
     kernel = plan.attention.kernel
-    lossy = [] if attention.KERNELS[kernel].exact else [f"{kernel} attention"]
+    lossy = [] if kernel == "auto" or attention.KERNELS[kernel].exact else [f"{kernel} attention"]
     return ", ".join([*lossy, *(f"{scheme} linears" for scheme in plan.linear.schemes)]) or "exact"
 
 

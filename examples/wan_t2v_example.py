@@ -68,11 +68,11 @@ def load(model_id: str, device: str):
     """The pipeline with the scheduler's flow shift at 5, in bf16 on a GPU; the VAE stays in fp32."""
     import torch
 
-    from dax.generate import run
+    from dax.generate import run, stages
 
     checked = run.check_model(model_id)
-    pipe = run.load(checked, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    run.set_flow_shift(pipe, FLOW_SHIFT)
+    pipe = stages.load(checked, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    stages.set_flow_shift(pipe, FLOW_SHIFT)
     return pipe
 
 

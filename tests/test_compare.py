@@ -1,6 +1,9 @@
 """dax compare: the same noise for every plan, nothing run twice, and a report that fits its schema and its browser."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +58,7 @@ def test_the_reference_is_itself_the_floor_is_near_and_a_skipped_step_is_farther
     assert 0 < floor.fidelity.latent_error < skip.fidelity.latent_error
     assert 100 > floor.fidelity.psnr_db > skip.fidelity.psnr_db > 5
     assert exact.computed == {"cond": 4, "uncond": 4} and skip.computed == {"cond": 3, "uncond": 3}
+    assert skip.work == pytest.approx(0.75) and exact.work == 1 and skip.speedup > 0
     assert skip.differs == {"cache.policy": "mask", "cache.mask": "1101"}
     assert all(len(cell.latent_error) == 4 and len(cell.frame_psnr_db) == 9 for cell in skip.cells)
     # the same noise: until the first predicted step the latents are the reference's, bit for bit
@@ -102,7 +106,7 @@ def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(job, tmp_path, m
     def never(*_, **__):
         raise AssertionError("a finished comparison loads no model")
 
-    monkeypatch.setattr(compare_run.run, "load", never)
+    monkeypatch.setattr(compare_run.stages, "load", never)
     again, _ = compare(job)
     assert [each.fidelity for each in again.variants] == [each.fidelity for each in first.variants]
     with pytest.raises(AssertionError, match="loads no model"):  # another seed is another clip
@@ -110,7 +114,7 @@ def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(job, tmp_path, m
 
 
 def test_bad_input_is_refused_before_a_model_is_loaded(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare_run.run, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(compare_run.stages, "load", lambda *_: pytest.fail("loaded"))
     short = plan_file(tmp_path, "short", "cache:\n  policy: mask\n  mask: '11'\n")
     for plans, says in (
         (("exact", "exact"), "given already"),
@@ -258,3 +262,22 @@ def test_the_sheet_shows_every_plan(report, job):
         pixels = np.asarray(picture.convert("RGB"))
     rows = [r for r in np.abs(pixels[46:, 230:].astype(int) - 255).sum((1, 2)).nonzero()[0]]
     assert len(rows) >= 2 * 128 - 2
+
+
+def test_the_command_line_ends_in_one_line_and_a_code(job, tmp_path):
+    def dax(*arguments):
+        environment = {**os.environ, "PYTHONPATH": str(SCHEMA.parents[2])}
+        ended = subprocess.run(
+            [sys.executable, "-m", "dax", *map(str, arguments)], capture_output=True, text=True, env=environment,
+            timeout=120,
+        )  # fmt: skip
+        lines = [line for line in ended.stderr.splitlines() if not line.startswith("no --model")]
+        assert len(lines) == 1 and ended.stdout == "", ended.stderr
+        return ended.returncode, lines[0]
+
+    (tmp_path / "mine.txt").write_text("keep me")
+    code, line = dax("compare", "--plan", "exact", "-o", tmp_path, "--prompts", job.prompts)
+    assert code == 6 and "holds 'mine.txt' and no report of DAX" in line
+    code, line = dax("tune", "--min-psnr", "200", "-o", tmp_path / "plan.yaml")
+    assert code == 2 and "min_psnr 200.0 must be a number from 0 to 100" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

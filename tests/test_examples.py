@@ -99,9 +99,9 @@ def test_under_torchrun_two_ranks_make_the_clip_of_dax_generate(command, tmp_pat
     [
         ("a_plan_of_your_own", "did you mean 'attention.kernel'"),
         ("how_far_apart", "worst frame"),
-        ("optimize_in_place", "relative difference to stock diffusers: 0.0\n"),
+        ("optimize_in_place", r"relative difference to stock diffusers: (0|\de-0[5-9])\n"),
     ],
 )
 def test_short_examples_run_and_stay_short(name, says):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 40
-    assert says in run_example(name)
+    assert re.search(says, run_example(name))

@@ -91,7 +91,7 @@ def test_row_28_a_nan_never_becomes_a_clip(tmp_path, monkeypatch):
         ({"given": {**SMALL, "height": 33}}, 2),
         ({"plan": "exakt"}, 2),
         ({"sets": ("attention.kernal=sdpa",)}, 2),
-        ({"sets": ("linear.scheme=int8",)}, 2),
+        ({"sets": ("linear.scheme=int7",)}, 2),
         ({"model": "wan2.1-t2v-14b"}, 3),
         ({"model": "/no/such/folder"}, 3),
         ({"output": "/no/such/folder/clip.mp4"}, 6),

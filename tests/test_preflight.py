@@ -186,7 +186,7 @@ def test_row_34_other_models_are_refused_by_their_configs_alone(folder, file, va
 
 @pytest.mark.fault(36)
 def test_row_36_a_read_only_model_loads_and_is_left_alone(folder):
-    from dax.generate.run import load
+    from dax.generate.stages import load
 
     def listing():
         return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))

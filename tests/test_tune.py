@@ -1,12 +1,20 @@
-"""The search on made-up knobs whose truth is known, and the costs it goes by."""
+"""The search on made-up knobs whose truth is known, the costs it goes by, and a whole tune of the tiny model."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
+from dax.bench import costs
+from dax.errors import DaxError
+from dax.generate.run import Job as Generate
+from dax.generate.run import generate
 from dax.plan import Plan
-from dax.tune import costs
-from dax.tune.search import Option, Search, begin, climb
+from dax.provenance import read_measured
+from dax.tune import sensitivity
+from dax.tune.knobs import even_mask
+from dax.tune.run import Job, tune
+from dax.tune.search import Option, begin, climb
 
 NOISE = {"attention": {"int8": 4e-5}, "linear": {"int8": 2e-4}, "cache": {"50": 3e-4, "40": 1e-3, "25": 8e-3}}
 WORK = {"attention": {"int8": 0.72}, "linear": {"int8": 0.91}, "cache": {"50": 0.5, "40": 0.4, "25": 0.25}}
@@ -38,13 +46,12 @@ class World:
         return self.psnr(options), self.psnr(options) - 1
 
     def tune(self, target: float, max_runs: int = 12):
-        search = begin(self.knobs, lambda option: self.psnr([option]), self.cost)
+        search = begin(self.knobs, lambda option: (self.psnr([option]), self.psnr([option]) - 1), self.cost)
         return search, climb(search, target, self.measure, max_runs)
 
     def truth(self, target: float) -> float:
         """The least cost of any combination that holds the target, by brute force."""
-        search = Search({}, {})
-        search = begin(self.knobs, lambda option: self.psnr([option]), self.cost)
+        search = begin(self.knobs, lambda option: (self.psnr([option]),) * 2, self.cost)
         return min(self.cost(options) for options in search.points if self.psnr(options) >= target)
 
 
@@ -69,7 +76,8 @@ def test_interaction_is_learnt_not_assumed_away():
 def test_an_option_that_another_beats_is_not_combined():
     noise = {**NOISE, "cache": {**NOISE["cache"], "bad": 9e-3}}
     WORK["cache"]["bad"] = 0.45
-    search = begin(World(noise=noise).knobs, lambda option: World(noise=noise).psnr([option]), World(noise=noise).cost)
+    world = World(noise=noise)
+    search = begin(world.knobs, lambda option: (world.psnr([option]),) * 2, world.cost)
     names = {option.name for options in search.points for option in options}
     assert "cache bad" not in names and {"cache 50", "cache 40", "cache 25"} <= names
 
@@ -90,9 +98,85 @@ def test_the_front_only_rises():
     assert all(point.psnr_db is not None for point in front)
 
 
+def plan(**values) -> Plan:
+    values = {key.replace("__", "."): value for key, value in values.items()}
+    return Plan.from_layers([("test", {"attention.kernel": "sdpa", **values})])[0]
+
+
 def test_costs_are_shares_of_exact():
-    exact, _ = Plan.from_layers([("test", {"attention.kernel": "sdpa"})])
-    sage, _ = Plan.from_layers([("test", {"attention.kernel": "sage"})])
-    assert costs.cost(exact, 100, exact, 100) == 1
-    assert costs.cost(exact, 36, exact, 100) == pytest.approx(0.36)
-    assert costs.cost(sage, 100, exact, 100) == pytest.approx((143.6 + 103.0) / 309.2)
+    exact = plan()
+    assert costs.cost(exact, 100, exact, 100, 4) == 1
+    assert costs.cost(exact, 36, exact, 100, 4) == pytest.approx(0.36)
+    whole = 206.2 + 59.0 + 9.0
+    assert costs.cost(plan(attention__kernel="sage"), 100, exact, 100, 4) == pytest.approx((whole - 62.6) / whole)
+    int8 = plan(linear__scheme="int8")
+    assert costs.cost(int8, 100, exact, 100, 4) == pytest.approx((whole - 26.7) / whole)
+    spared = plan(linear__scheme="int8", linear__rules={"blocks.0": "none", "blocks.1.ffn": "none"})
+    kept = (1 + 2 * 13824 / (6 * 5120 + 2 * 13824)) / 4
+    assert costs.cost(spared, 100, exact, 100, 4) == pytest.approx((whole - 26.7 * (1 - kept)) / whole)
+
+
+def test_rules_spare_what_hurts_most_for_the_least_work():
+    errors = dict.fromkeys(sensitivity.groups(4), 0.001)
+    assert sum(sensitivity.groups(4).values()) == pytest.approx(1)
+    errors |= {"blocks.2.attn2": 0.03, "blocks.0.ffn.net.2": 0.02}
+    half, most = sensitivity.rules(errors, 4)
+    assert half == {"blocks.2.attn2": "none"}
+    assert most == {"blocks.2.attn2": "none", "blocks.0.ffn.net.2": "none"}
+
+
+def test_even_masks_begin_and_end_computed():
+    for steps in (1, 2, 6, 50):
+        for period in (2, 3, 4):
+            mask = even_mask(steps, period)
+            assert len(mask) == steps and mask[0] == mask[-1] == "1"
+    assert [even_mask(50, n).count("1") for n in (2, 3, 4)] == [30, 24, 20]
+
+
+SIZE = {"height": 32, "width": 48, "num_frames": 5, "steps": 5}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tune")
+    (folder / "tune.txt").write_text("a large green square moves up over a gray background\n")
+    (folder / "held.txt").write_text("a medium white square bounces over a gray background\n")
+    return Job(15.0, folder / "plan.yaml", SIZE, None, str(folder / "tune.txt"), str(folder / "held.txt"), few=1)
+
+
+@pytest.fixture(scope="module")
+def tuned(job):
+    return tune(job)
+
+
+def test_the_plan_found_is_cheaper_holds_on_held_out_prompts_and_says_so(job, tuned):
+    assert tuned.point.cost < 1 and tuned.measured.psnr_db >= 15 and tuned.measured.prompts == 1
+    assert Plan.load(job.output) == tuned.plan and read_measured(job.output) == tuned.measured
+    assert max(tuned.errors.values()) > min(tuned.errors.values()) > 0
+    assert job.output.with_suffix(".svg").read_text().startswith("<svg")
+    record = generate(Generate(
+        {"prompt": "a medium white square bounces over a gray background", "seed": 1, **SIZE},
+        str(job.output.parent / "clip.npz"), plan=str(job.output), min_psnr=15.0,
+    ))  # fmt: skip
+    assert record["plan"] == {**tuned.plan.model_dump(), **record["plan"]}
+    assert record["warnings"] == []
+
+
+def test_an_unreachable_target_shows_the_best_and_writes_nothing(job, tuned):
+    other = replace(job, min_psnr=99.0, output=job.output.with_name("none.yaml"), overwrite=True)
+    with pytest.raises(DaxError, match="nothing cheaper than exact holds it; .*nothing was written") as refusal:
+        tune(replace(other, output=job.output.with_name("plan.yml")))  # beside plan.cells: nothing runs twice
+    assert refusal.value.exit_code == 8 and not job.output.with_name("plan.yml").exists()
+
+
+def test_bad_input_is_refused_before_anything_runs(job, tuned, monkeypatch):
+    monkeypatch.setattr("dax.generate.run.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    for changes, says in (
+        ({}, "exists; pass --overwrite"),
+        ({"output": job.output.with_name("plan.txt")}, "ends in .yaml"),
+        ({"output": job.output.parent / "no" / "plan.yaml"}, "there is no folder"),
+        ({"min_psnr": float("nan"), "overwrite": True}, "min_psnr"),
+        ({"held_out": job.prompts, "overwrite": True}, "held-out prompts must be others"),
+    ):
+        with pytest.raises(DaxError, match=says):
+            tune(replace(job, **changes))

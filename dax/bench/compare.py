@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from dax.bench import quality
+from dax.bench import costs, quality
 from dax.bench.compare_cells import Cells
 from dax.bench.compare_record import SCHEMA, Attribution, Cell, Comparison, Fidelity, Knob, Variant, Worst
 from dax.bench.compare_run import Runner, keys_of, versions
@@ -19,6 +19,7 @@ from dax.bench.judge import judge_clips
 from dax.bench.prompts import default_prompts, read_prompts
 from dax.generate import run
 from dax.generate.request import check_memory, check_whole, make_request
+from dax.generate.steps import checkpoint_of, schedule
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ def compare(job: Job, log=lambda text: None, ready=lambda: None) -> tuple[Compar
     dtype_name = str(dtype).removeprefix("torch.")
     weights = checked.parameters * dtype.itemsize
     check_memory(checked.facts, requests[0], weights, dtype.itemsize, here.memory_gib)
-    checkpoint = run.checkpoint_of(checked)
+    checkpoint = checkpoint_of(checked.folder, checked.facts)
 
     def resolved(plan):
         found = resolve(plan, checked.facts, here, job.strict, dtype_name, checkpoint)
-        run.check_steps(found, checked.facts, requests[0], checkpoint)
+        schedule(found.plan.cache, found.calibration, checked.facts, requests[0], checkpoint)
         return found
 
     knobs, head_dim = job.attribute > 0, checked.facts.head_dim
@@ -81,7 +82,7 @@ def compare(job: Job, log=lambda text: None, ready=lambda: None) -> tuple[Compar
     runner = Runner(checked, here.device, dtype, job.strict, log)
     cells, clips = run_all(runner, found, requests, job, common, log)
     judged, not_judged = judge_clips(prompts, {each.name: clips[each.name] for each in found if each.role != "knob"})
-    variants = [variant(each, found[0], cells, judged.get(each.name)) for each in found]
+    variants = [variant(each, found[0], cells, judged.get(each.name), checked.facts, here.device) for each in found]
     not_measured = ["VMAF: it needs libvmaf, which no package of DAX brings", *([not_judged] if not_judged else [])]
     shared = {key: value for key, value in asdict(requests[0]).items() if key not in ("prompt", "seed")}
     comparison = Comparison(
@@ -119,9 +120,10 @@ def run_all(runner: Runner, found: list[Arrangement], requests: list, job: Job, 
     return cells, {name: [store.frames(key) for key in some] for name, some in keys.items()}
 
 
-def variant(each: Arrangement, reference: Arrangement, cells: dict[str, list[Cell]], judge) -> Variant:
+def variant(each: Arrangement, reference: Arrangement, cells: dict[str, list[Cell]], judge, facts, device) -> Variant:
     """One arrangement, added up over its prompts."""
     own, exact = cells[each.name], cells[reference.name]
+    forwards, all_forwards = (sum(sum(cell.computed.values()) for cell in some[: len(own)]) for some in (own, exact))
     middle = {stage: median(cell.seconds[stage] for cell in own) for stage in own[0].seconds}
     theirs = median(cell.seconds["denoise"] for cell in exact[: len(own)])
     return Variant(
@@ -135,7 +137,8 @@ def variant(each: Arrangement, reference: Arrangement, cells: dict[str, list[Cel
         computed={branch: sum(cell.computed[branch] for cell in own) / len(own) for branch in own[0].computed},
         seconds=middle,
         peak_gib={stage: largest(cell.peak_gib[stage] for cell in own) for stage in own[0].peak_gib},
-        speedup=theirs / middle["denoise"],
+        speedup=None if costs.runs_references(each.plan, device) else theirs / middle["denoise"],
+        work=costs.cost(each.plan, forwards, reference.plan, all_forwards, facts.num_layers),
         fidelity=fidelity(own),
         judge=judge,
         cells=own,

@@ -58,6 +58,7 @@ def text(comparison: Comparison) -> str:
             "plan": each.name,
             "denoise": each.seconds["denoise"],
             "forwards": round(sum(each.computed.values())),
+            "work": f"{100 * each.work:.0f} %",
             "psnr": decibels(each.fidelity.psnr_db, ""),
             "p10": decibels(each.fidelity.psnr_p10_db, ""),
             "ssim": each.fidelity.ssim,
@@ -67,7 +68,7 @@ def text(comparison: Comparison) -> str:
         for each in comparison.variants
     ]
     columns = {
-        "plan": "plan", "denoise": "denoise s", "forwards": "forwards", "psnr": "PSNR dB", "p10": "p10",
+        "plan": "plan", "denoise": "denoise s", "forwards": "forwards", "work": "work", "psnr": "PSNR dB", "p10": "p10",
         "ssim": "SSIM", "error": "latent error", "judge": "judge %",
     }  # fmt: skip
     return table(rows, columns)

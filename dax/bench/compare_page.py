@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from dax.bench.compare_record import Attribution, Comparison, Variant
+from dax.bench.costs import COST_OF
 from dax.bench.plots import Series, bars, curves, stacked
 from dax.bench.quality import CAP_DB
 
@@ -47,6 +48,7 @@ def page(comparison: Comparison, clips: dict[str, list]) -> str:
         plans=shown[1:],
         colour=colour,
         db=decibels,
+        cost_of=COST_OF,
         judged=any(each.judge for each in shown),
         grids=[shots(rows, clips, i, colour, comparison.request["fps"]) for i in range(len(comparison.prompts))],
         shrunk=f", shrunk to {MAX_SIDE} pixels" if max(height, width) > MAX_SIDE else "",
@@ -91,8 +93,9 @@ def card(variant: Variant, comparison: Comparison) -> dict:
     )
     forwards, whole = (sum(each.computed.values()) for each in (variant, comparison.reference))
     work = [f"{forwards:.0f} of {whole:.0f} forwards"]
+    work.append(f"{100 * variant.work:.0f} % of the work")
     if variant.speedup:
-        work.append(f"{variant.speedup:.2f} × the reference's speed here")
+        work.append(f"{variant.speedup:.2f} × as fast here")
     if variant.judge:
         work.append(f"judge {variant.judge['all']:.0f} % (reference {comparison.reference.judge['all']:.0f} %)")
     return {"name": variant.name, "fidelity": variant.fidelity, "verdict": verdict, "work": " · ".join(work)}

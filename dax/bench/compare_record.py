@@ -59,7 +59,8 @@ class Variant(Entry):
 
     role       reference, floor (a harmless change), plan (asked for), knob (one part of an asked plan, alone)
     computed   forwards of a clip;  seconds  median over prompts;  peak_gib  largest over prompts
-    speedup    of denoising over the reference's, None where a plan runs a kernel's reference, whose time says nothing
+    speedup    of denoising over the reference's; None on a CPU for plans of GPU kernels, whose references run there
+    work       share of the reference's work: forwards weighted with measured kernels, see dax/bench/costs.py
     judge      per cent of clips in which the tiny model's judge reads each part of the caption, None if not judged
     """
 
@@ -74,6 +75,7 @@ class Variant(Entry):
     seconds: dict[str, float]
     peak_gib: dict[str, float | None]
     speedup: float | None
+    work: float
     fidelity: Fidelity
     judge: dict[str, float] | None
     cells: list[Cell]

@@ -14,7 +14,8 @@ from dax.bench import quality
 from dax.bench.compare_cells import Cells, key_of
 from dax.bench.compare_record import Cell
 from dax.bench.compare_variants import Arrangement
-from dax.generate import run
+from dax.errors import DaxError
+from dax.generate import run, stages
 from dax.generate.request import Request
 
 
@@ -31,7 +32,7 @@ class Meter:
         can_tell = reset_peak(self.device)
         start = time.perf_counter()
         yield
-        run.synchronize()
+        stages.synchronize()
         self.seconds[name] = round(time.perf_counter() - start, 4)
         self.peak_gib[name] = round(peak_gib(self.device), 3) if can_tell else None
 
@@ -52,7 +53,7 @@ def reset_peak(device: str) -> bool:
 
 def peak_gib(device: str) -> float:
     if device == "cuda":
-        return run.peak_memory_gib(device)
+        return stages.peak_memory_gib(device)
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
@@ -64,14 +65,13 @@ class Runner:
         self.checked, self.device, self.dtype, self.strict, self.log = checked, device, dtype, strict, log
         self.loaded = None
         self.texts: dict[tuple, tuple] = {}
-        self.remarks: list[str] = []
 
     def pipe(self, flow_shift: float):
         if self.loaded is None:
             self.log(f"loading {self.checked.facts.name}")
-            self.loaded = run.load(self.checked, self.device, self.dtype)
+            self.loaded = stages.load(self.checked, self.device, self.dtype)
             self.checked.unchanged()
-            run.set_flow_shift(self.loaded, flow_shift)
+            stages.set_flow_shift(self.loaded, flow_shift)
         return self.loaded
 
     def text(self, request: Request):
@@ -80,14 +80,17 @@ class Runner:
         if key not in self.texts:
             pipe, meter = self.pipe(request.flow_shift), Meter(self.device)
             with meter.stage("text"):
-                embeds = run.encode(pipe, request, self.remarks)
+                remarks: list[str] = []
+                embeds = stages.encode(pipe, request, remarks)
+            for text in remarks:
+                self.log(f"warning: {text}")
             self.texts[key] = embeds, meter.seconds["text"], meter.peak_gib["text"]
         return self.texts[key]
 
     def warm_up(self, request: Request) -> None:
         """One step and a decode, thrown away, so that no plan pays for the first use of anything."""
         pipe, (embeds, _, _) = self.pipe(request.flow_shift), self.text(request)
-        run.decode(pipe, run.denoise(pipe, replace(request, steps=1), *embeds))
+        stages.decode(pipe, stages.denoise(pipe, replace(request, steps=1), *embeds))
 
     @contextmanager
     def arranged(self, arrangement: Arrangement, request: Request):
@@ -95,7 +98,10 @@ class Runner:
         from dax.optimize import optimize
 
         pipe = self.pipe(request.flow_shift)
-        with run.out_of_memory(request), optimize(pipe, arrangement.asked, strict=self.strict):
+        with stages.out_of_memory(request), optimize(pipe, arrangement.asked, strict=self.strict) as engine:
+            if engine.plan != arrangement.plan:
+                said = "; ".join(engine.fallbacks) or "it resolves otherwise than without the weights"
+                raise DaxError("check_failed", f"plan {arrangement.name} on the loaded model: {said}")
             with rounded_attention(pipe) if arrangement.rounded else no_change():
                 yield pipe
 
@@ -130,11 +136,11 @@ class Runner:
         def keep(step, latents):
             trajectory.append(latents[0].float().cpu().clone())
 
-        with run.out_of_memory(request), run.Forwards(pipe.transformer) as forwards:
+        with stages.out_of_memory(request), stages.Forwards(pipe.transformer) as forwards:
             with meter.stage("denoise"):
-                latents = run.denoise(pipe, request, *embeds, on_step=keep)
+                latents = stages.denoise(pipe, request, *embeds, on_step=keep)
             with meter.stage("decode"):
-                frames = run.decode(pipe, latents)
+                frames = stages.decode(pipe, latents)
         trajectory = np.stack([latents.numpy() for latents in trajectory])
         cell = Cell(
             prompt=index,

@@ -5,13 +5,16 @@ a kernel reaches.
 """
 
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from dax.bench import roofline
 from dax.bench.model import facts_of
 from dax.bench.size import checked_size
+from dax.cache.policy import resolve_cache
 from dax.errors import DaxError, nearest
 from dax.facts import Facts
+from dax.generate.steps import schedule
 from dax.parallel.planner import Ranks
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
 
@@ -43,7 +46,10 @@ def explain(
     if gpus > 1 and machine is None:
         raise DaxError("bad_request", f"--gpus {gpus}: name the card to expect something of, as in --hardware h200")
     ranks = Ranks(gpus, min(per_node, gpus), tokens=tokens)
-    resolved, notes, fallbacks = resolved_plan(asked, facts, machine, strict, ranks)
+    checkpoint = None if asked.cache.policy == "none" else checkpoint_here(model, facts)
+    found = resolved_plan(asked, facts, machine, strict, ranks, checkpoint)
+    cached = step_cache(found, facts, steps, checkpoint)
+    resolved, notes, fallbacks = found.plan, list(found.notes), list(found.fallbacks)
     operations = roofline.forward_operations(
         facts,
         **asdict(pixels),
@@ -54,7 +60,7 @@ def explain(
     parts = [part(op, machine, fused) for op in operations if op.flops or moved(op, fused)]
     flops = roofline.total(operations)[0]
     forward_s = roofline.seconds(operations, machine, fused) if machine else None
-    forwards = FORWARDS_PER_STEP * steps
+    forwards = sum(cached["computed"].values()) if cached else FORWARDS_PER_STEP * steps
     return {
         "model": facts.name,
         **asdict(pixels),
@@ -69,12 +75,14 @@ def explain(
         "plan": {
             key: {"value": value, "asked": asked[key], "from": provenance[key]}
             for key, value in resolved.leaves().items()
+            if not key.startswith("cache.") or resolved.cache.policy != "none" or key == "cache.policy"
         },
         "plan_hash": resolved.hash(),
         "changes": changes(resolved, facts, machine),
         "notes": notes,
         "fallbacks": fallbacks,
         "forward": {"tflop": flops / 1e12, "seconds_at_least": forward_s},
+        "step_cache": cached,
         "video": {
             "forwards": forwards,
             "pflop": forwards * flops / 1e15,
@@ -141,16 +149,33 @@ def gpu_name() -> str | None:
     return next(iter(answer.stdout.splitlines()), None)
 
 
-def resolved_plan(
-    asked: Plan, facts: Facts, machine, strict: bool, ranks: Ranks
-) -> tuple[Plan, list[str], list[str]]:
-    """(resolved plan, notes, fallbacks) on that card; as asked where no card is named."""
-    if machine is None:
-        return asked, [], []
-    from dax.optimize import resolve
+def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool, ranks: Ranks, checkpoint: str | None):
+    """The plan Resolved on that card; where no card is named, as asked but for the step cache, which needs none."""
+    from dax.optimize import Resolved, kernels_of, resolve
 
-    resolved = resolve(asked, facts, machine, strict, ranks=ranks)
-    return resolved.plan, list(resolved.notes), list(resolved.fallbacks)
+    if machine is not None:
+        return resolve(asked, facts, machine, strict, checkpoint=checkpoint, ranks=ranks)
+    cache, calibration, notes, fallbacks = resolve_cache(asked.cache, facts.name, checkpoint, kernels_of(asked))
+    plan = asked.model_copy(update={"cache": cache})
+    return Resolved(plan, tuple(notes), tuple(fallbacks), calibration=calibration)
+
+
+def checkpoint_here(model: str | None, facts: Facts) -> str | None:
+    """The digest of the embedded model or of a folder; None for a name, which is shapes alone."""
+    from dax.generate.steps import checkpoint_of
+    from dax.models.tiny import FOLDER
+
+    folder = FOLDER if model in (None, "tiny") else Path(model)
+    return checkpoint_of(folder, facts) if folder.is_dir() else None
+
+
+def step_cache(resolved, facts: Facts, steps: int, checkpoint: str | None) -> dict | None:
+    """The table of steps as ones and zeros; None without a cache, or if it takes weights to know it."""
+    found = schedule(resolved.plan.cache, resolved.calibration, facts, replace(facts.defaults, steps=steps), checkpoint)
+    if found is None:
+        return None
+    masks = {branch: found.mask(branch) for branch in found.computed}
+    return {"made_by": found.made_by, **masks, "computed": found.computed}
 
 
 def changes(plan: Plan, facts: Facts, machine) -> list[str]:
@@ -220,6 +245,7 @@ def text(result: dict) -> str:
         asked = "" if entry["asked"] == entry["value"] else f" (asked: {entry['asked']})"
         lines.append(f"  {key} = {entry['value']}{asked}, from {entry['from']}")
     lines += [f"  {change}" for change in result["changes"]]
+    lines += schedule_lines(result)
     lines += [f"  note: {note}" for note in result["notes"]]
     lines += [f"  fallback: {fallback}" for fallback in result["fallbacks"]]
     where = f"on {result['hardware']}" if result["hardware"] else "no card named: --hardware h200 gives times"
@@ -239,6 +265,17 @@ def text(result: dict) -> str:
         columns |= {"exposed_ms": "exposed ms", "denoise_s": "denoise s", "speedup": "times one", "efficiency_pct": "%"}
         lines += ["", head, table(result["ranks"], columns)]
     return "\n".join(lines)
+
+
+def schedule_lines(result: dict) -> list[str]:
+    """The step cache's table: 1 a computed step, 0 a predicted one, - one without guidance."""
+    cached = result["step_cache"]
+    if cached is None:
+        unknown = result["plan"]["cache.policy"]["value"] != "none"
+        return ["  steps: the time embedding decides, so it takes weights to know them"] if unknown else []
+    total = 2 * len(cached["cond"])
+    lines = [f"  steps: {cached['made_by']}: {sum(cached['computed'].values())} of {total} forwards are computed"]
+    return lines + [f"    {branch:6} {cached[branch]}  {count}" for branch, count in cached["computed"].items()]
 
 
 def at_least(seconds: float | None) -> str:

@@ -169,3 +169,31 @@ def log_axis(low: float, high: float) -> tuple[float, float, list[float]]:
     factors = (1, 2, 5) if last - first <= 2 else (1,)
     ticks = [f * 10.0**k for k in range(first, last + 1) for f in factors if k < last or f == 1]
     return first, last, ticks
+
+
+def scatter(points, front, chosen, target: float, x: str, y: str) -> str:
+    """A standalone SVG: every measured (cost, PSNR), the front that none beats joined, the chosen one, the target."""
+    low, high, ticks = linear_axis(min(v for _, v in points), max([target, *(v for _, v in points)]))
+
+    def px(value: float) -> float:
+        return LEFT + (WIDTH - LEFT - 24) * min(value, 1.05) / 1.05
+
+    def py(value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low))
+
+    line, soft = 'stroke="#2563eb" stroke-width="2" fill="none"', 'fill="#5c6370" font-size="11.5"'
+    parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>']
+    for tick in ticks:
+        parts.append(f'<path d="M{LEFT} {py(tick):.1f}H{WIDTH - 24}" stroke="#e2e5ea"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{py(tick) + 4:.1f}" text-anchor="end" {soft}>{tick:.6g}</text>')
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        at = f'x="{px(share):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle"'
+        parts.append(f"<text {at} {soft}>{100 * share:.0f} %</text>")
+    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle" {soft}>{escape(x)}</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 1}" {soft}>{escape(y)}</text>')
+    parts.append(f'<path d="M{LEFT} {py(target):.1f}H{WIDTH - 24}" stroke="#e0620d" stroke-dasharray="5 4"/>')
+    parts.append(f'<polyline points="{" ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in front)}" {line}/>')
+    parts += [f'<circle cx="{px(a):.1f}" cy="{py(b):.1f}" r="4" fill="#2563eb"/>' for a, b in points]
+    parts.append(f'<circle cx="{px(chosen[0]):.1f}" cy="{py(chosen[1]):.1f}" r="7" fill="#e0620d"/>')
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" font-family="system-ui, sans-serif"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>'

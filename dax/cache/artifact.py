@@ -31,7 +31,9 @@ class Rung:
 
 @dataclass(frozen=True)
 class Artifact:
-    """moved is the relative change of the projected time embedding between steps, which TeaCache's polynomial takes."""
+    """moved     relative change of the projected time embedding between steps, which TeaCache's polynomial takes
+    floor_db  latent PSNR of two exact runs that differ by a harmless change: no plan can be held to more
+    """
 
     model: str
     setting: Setting
@@ -40,6 +42,7 @@ class Artifact:
     moved: tuple[float, ...]
     teacache: Polynomial
     magcache: Ratios
+    floor_db: float
     notes: tuple[str, ...] = ()
 
     def rung(self, budget: float, min_psnr: float) -> Rung:
@@ -112,6 +115,7 @@ def load(path: Path) -> Artifact:
                 tuple(map(float, polynomial["coefficients"])), polynomial["projected"], Setting(**polynomial["setting"])
             ),
             magcache=Ratios(tuple(ratios["cond"]), tuple(ratios["uncond"]), ratios["flow_shift"]),
+            floor_db=float(value["floor_db"]),
             notes=tuple(value["notes"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

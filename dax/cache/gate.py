@@ -23,7 +23,7 @@ SIGMA_TOLERANCE = 1e-4
 
 @dataclass
 class Run:
-    """One pass through the loop. `history` holds each branch's last computed velocities, fp32, newest first."""
+    """One pass through the loop. `history` holds each branch's last computed velocities, newest first."""
 
     plan: StepPlan
     step: int = 0
@@ -41,7 +41,7 @@ class Run:
         self.branches |= set(self.outputs)
         for branch in self.fresh:
             kept = self.history.setdefault(branch, [])
-            kept.insert(0, self.outputs[branch].to(torch.float32, copy=True))
+            kept.insert(0, self.outputs[branch].clone())  # whoever made it may write there again
             del kept[self.plan.depth :]
         self.outputs.clear()
         self.fresh.clear()
@@ -240,7 +240,7 @@ def apply_cache(
 
 def combine(velocities: list[torch.Tensor], weights: tuple[float, ...]) -> torch.Tensor:
     """sum_i weights[i] * velocities[i] in fp32: one pass over each, no host value is waited for."""
-    total = velocities[0] * weights[0]
+    total = velocities[0].to(torch.float32, copy=True).mul_(weights[0])
     for velocity, weight in zip(velocities[1:], weights[1:]):
         total.add_(velocity, alpha=weight)
     return total

@@ -107,15 +107,11 @@ def maker(cache: Cache, found: Artifact | None, model: str, embeddings: Callable
         ratios = found.magcache if found else magcache.PUBLISHED[model]
         own = found.sigmas if found else flow_sigmas(len(ratios.cond), ratios.flow_shift)
         here = ratios.at(sigmas, own)
-        settings = cache.threshold, cache.max_skips, cache.retention
-        masks = [magcache.magcache_mask(r, *settings) for r in (here.cond, here.uncond)]
+        mask = magcache.magcache_mask(here.cond, cache.threshold, cache.max_skips, cache.retention)
         made_by = f"MagCache {cache.threshold:g}/{cache.max_skips}, {'calibrated' if found else 'published'}"
         if here is not ratios:
             made_by += f", interpolated from {len(own)} steps at shift {ratios.flow_shift:g}"
-        plan = guided(actions_of(masks[0]), made_by)
-        if cache.uncond_every == 1 and not cache.drop_uncond:
-            plan = StepPlan(plan.cond, actions_of(masks[1]), made_by, reuse=cache.reuse)
-        return plan
+        return guided(actions_of(mask), made_by)
 
     def teacache_plan(setting: Setting, timesteps) -> StepPlan | None:
         polynomial = found.teacache if found else teacache.PUBLISHED[model][cache.ret_steps]

@@ -1,4 +1,4 @@
-"""`dax bench start|linear|block|forward|claims`: figures with their ceilings. The work is in `dax.bench`."""
+"""`dax bench SUBJECT`: figures with their ceilings. The work is in `dax.bench`, a file for each subject."""
 
 import json
 import sys
@@ -8,11 +8,11 @@ import typer
 
 from dax.errors import DaxError, nearest
 
-SUBJECTS = ("start", "linear", "block", "forward", "claims")
+SUBJECTS = ("start", "linear", "block", "forward", "cache", "step", "video", "parallel", "claims")
 
 
 def command(
-    subject: Annotated[str, typer.Argument(help="start, linear, block, forward or claims")],
+    subject: Annotated[str, typer.Argument(help=", ".join(SUBJECTS))],
     model: Annotated[str | None, typer.Option(help="a known name (random weights) or a diffusers folder")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
@@ -22,9 +22,12 @@ def command(
     ] = None,
     rows: Annotated[str | None, typer.Option(help="rivals to time, as in eager,compiled-cudnn,fa3,sage")] = None,
     plan: Annotated[list[str] | None, typer.Option(help="also time DAX under this plan; may be repeated")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps, of cache and video")] = None,
+    climb: Annotated[int, typer.Option(help="cached runs of the search for each budget, of cache")] = 40,
     waterfall: Annotated[bool, typer.Option("--waterfall", help="add each plan's techniques one by one")] = False,
     warm_up_s: Annotated[float, typer.Option("--warm-up", help="seconds back to back before each visit")] = 5.0,
     timed_s: Annotated[float, typer.Option("--seconds", help="seconds timed per row, over two visits")] = 5.0,
+    gpus: Annotated[int, typer.Option(help="parallel: how many")] = 2,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
@@ -46,10 +49,28 @@ def command(
         from dax.bench.start import COLUMNS, bench
 
         result = bench(model, size, (plan or ["exact"])[0], device, log)
+    elif subject == "cache":
+        from dax.bench.cache import COLUMNS, SHARES, bench
+        from dax.cache.calibrate import Effort
+
+        effort = Effort(SHARES, climb=climb, batch=16)
+        result = bench((plan or ["exact"])[0], effort, steps=steps, device=device, log=log)
+    elif subject == "step":
+        from dax.bench.step import COLUMNS, bench
+
+        result = bench(model, size, warm_up_s, timed_s, device)
+    elif subject == "video":
+        from dax.bench.video import COLUMNS, bench
+
+        result = bench(model, size, (plan or ["fast"])[0], steps, layers, device, log)
     elif subject == "linear":
         from dax.bench.linear import COLUMNS, bench
 
         result = bench(model, size, warm_up_s, timed_s, device, log)
+    elif subject == "parallel":
+        from dax.bench.parallel import COLUMNS, bench
+
+        result = bench(model, size, layers, (plan or ["exact"])[0], gpus, warm_up_s, timed_s, device, log)
     else:
         from dax.bench.contest import COLUMNS, bench
 

@@ -10,7 +10,7 @@ import typer
 def command(
     model: Annotated[str | None, typer.Option(help="a known name or a diffusers folder")] = None,
     plan: Annotated[str | None, typer.Option(help="preset or YAML file")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="key=value over the plan; may be repeated")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="over --plan, repeated")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
     num_frames: Annotated[int | None, typer.Option(help="frames of the video")] = None,

@@ -14,7 +14,7 @@ def command(
         str | None, typer.Option(help="diffusers folder or hub id; default: the embedded tiny Wan")
     ] = None,
     plan: Annotated[str | None, typer.Option(help="preset or YAML file")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="key=value over the plan; may be repeated")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="over --plan, repeated")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
     num_frames: Annotated[int | None, typer.Option(help="4 n + 1")] = None,

@@ -10,7 +10,7 @@ import traceback
 
 import typer
 
-from dax.cli import bench, calibrate, compare, doctor, explain, generate, inspect
+from dax.cli import bench, calibrate, compare, doctor, explain, generate, inspect, tune
 from dax.errors import EXIT_CODES, DaxError
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
         "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
-for module in (generate, explain, compare, calibrate, bench, inspect, doctor):
+for module in (generate, explain, compare, calibrate, tune, bench, inspect, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     listen()
-    # torch's threads would spin while they wait for each other: on a busy machine that costs six times the time
+    # torch's threads would spin while they wait for each other: on a busy machine that costs several times the time
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         command = typer.main.get_command(app)

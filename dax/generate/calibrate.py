@@ -14,7 +14,9 @@ from dax.cache.step_plan import Setting
 from dax.cache.teacache import changes
 from dax.errors import DaxError
 from dax.generate.request import make_request
-from dax.generate.run import check_model, checkpoint_of, load, set_flow_shift
+from dax.generate.run import check_model
+from dax.generate.stages import load, set_flow_shift
+from dax.generate.steps import checkpoint_of
 from dax.generate.video import check_target
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
 
@@ -66,7 +68,7 @@ def run(job: Job, log=lambda text: None) -> Artifact:
             scheduler=type(pipe.scheduler).__name__,
             flow_shift=request.flow_shift,
             guidance_scale=request.guidance_scale,
-            checkpoint=checkpoint_of(checked),
+            checkpoint=checkpoint_of(checked.folder, checked.facts),
             kernels=kernels_of(engine.plan),
         )
         pipe.scheduler.set_timesteps(request.steps)

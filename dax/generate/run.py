@@ -1,27 +1,33 @@
 """The job, from a prompt to a file, in one direction: check everything, load, optimize, text, denoise, decode, write.
 
-Whatever can be refused is refused before a weight is read. The loop is the pipeline's own; here are only the stages
-around it, their clocks, and the record of what was done.
+Whatever can be refused is refused before a weight is read. The stages themselves are in stages.py; here are their order
+and the record of what was done.
 """
 
-import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dax.cache.policy import maker
-from dax.cache.step_plan import Setting, flow_sigmas
-from dax.edits import Edits
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate import video
 from dax.generate.preflight import Checked, locate, preflight, verify
 from dax.generate.ranks import count_of, parallel_plan, team
 from dax.generate.request import check_memory, make_request, request_fields
+from dax.generate.stages import (
+    Clock,
+    Forwards,
+    decode,
+    denoise,
+    encode,
+    load,
+    out_of_memory,
+    peak_memory_gib,
+    set_flow_shift,
+)
+from dax.generate.steps import checkpoint_of, schedule
 from dax.models.tiny import FOLDER
 from dax.parallel.join import place
 from dax.parallel.launch import run_ranks
@@ -53,22 +59,6 @@ class Job:
     min_psnr: float | None = None
 
 
-@dataclass
-class Clock:
-    """Seconds per stage. `enter` is told each stage's name as it begins."""
-
-    enter: Callable[[str], None]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str):
-        self.enter(name)
-        start = time.perf_counter()
-        yield
-        synchronize()
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-
-
 def generate(job: Job, log=lambda text: None) -> dict | None:
     """Run the job and return its record, the JSON object of `dax generate --json`.
 
@@ -79,6 +69,8 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
     """
     start = time.perf_counter()
     at, count = count_of(job.gpus, job.device)
+    if not at.first:
+        log = lambda text: None
     job, earlier = with_earlier(job)
     checked = check_model(job.model)
     facts = checked.facts
@@ -95,12 +87,12 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
     here = machine(job.device)
     dtype = torch.bfloat16 if here.device == "cuda" else torch.float32
     check_memory(facts, request, checked.parameters * dtype.itemsize, dtype.itemsize, here.memory_gib)
-    checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked)
+    checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked.folder, facts)
     dtype_name = str(dtype).removeprefix("torch.")
     asked, shares = parallel_plan(asked, request, facts, count, job.strict, remarks)
     resolved = resolve(asked, facts, here, job.strict, dtype_name, checkpoint, shares)  # before loading
     asked = asked.model_copy(update={"parallel": resolved.plan.parallel})
-    check_steps(resolved, facts, request, checkpoint)
+    schedule(resolved.plan.cache, resolved.calibration, facts, request, checkpoint)  # refuses, too
     measured = read_measured(job.plan) if job.plan else None
     elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []
     if elsewhere and job.strict:
@@ -219,230 +211,6 @@ def check_model(model: str | None) -> Checked:
     if model in FACTS:
         raise DaxError("bad_model", f"--model {model}: only its shapes are known; give a diffusers folder or a hub id")
     return preflight(locate(model))
-
-
-def load(checked: Checked, device: str, dtype, text: bool = True):
-    """The pipeline, from safetensors only and nothing but local files. The VAE stays in fp32, as its authors run it.
-
-    Weights go to the device tensor by tensor, so that several ranks do not hold a copy each in the host's memory.
-    text   whether to load the text encoder, the largest part after the transformer
-    """
-    import torch
-    from diffusers import WanPipeline, WanTransformer3DModel
-
-    local = {"use_safetensors": True, "local_files_only": True}
-    without = {} if text else {"text_encoder": None, "tokenizer": None}
-    try:
-        with quiet():
-            transformer = WanTransformer3DModel.from_pretrained(
-                checked.folder, subfolder="transformer", dtype=dtype, device_map={"": device}, **local
-            )
-            pipe = WanPipeline.from_pretrained(
-                checked.folder,
-                transformer=transformer,
-                dtype={"default": dtype, "vae": torch.float32},
-                **without,
-                **local,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if "out of memory" in str(error) or "allocate memory" in str(error):
-            raise
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DaxError("bad_model", f"{checked.folder}: diffusers cannot load it: {first}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
-@contextmanager
-def quiet():
-    """Libraries keep their own progress bars and advice to themselves meanwhile."""
-    import diffusers.utils.logging as diffusers
-    import transformers.utils.logging as transformers
-
-    libraries = (diffusers, transformers)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for library in libraries:
-            library.set_verbosity_error()
-            library.disable_progress_bar()
-        try:
-            yield
-        finally:
-            for library, (verbosity, bars) in zip(libraries, before, strict=True):
-                library.set_verbosity(verbosity)
-                if bars:
-                    library.enable_progress_bar()
-
-
-def set_flow_shift(pipe, flow_shift: float) -> None:
-    """Give the pipeline a scheduler of the same kind with that shift of its noise levels."""
-    name = "flow_shift" if "flow_shift" in pipe.scheduler.config else "shift"
-    if pipe.scheduler.config.get(name) != flow_shift:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{name: flow_shift})
-
-
-def encode(pipe, request, remarks: list[str]):
-    """Embeddings of the prompt and of the negative one (None without guidance), each [1, 512, text_dim]."""
-    import torch
-
-    length = len(pipe.tokenizer(pipe_clean(request.prompt)).input_ids)
-    limit = 512
-    if length > limit:
-        remarks.append(f"the prompt has {length} tokens: the last {length - limit} are not used")
-    with torch.no_grad():
-        return pipe.encode_prompt(
-            request.prompt,
-            request.negative_prompt,
-            do_classifier_free_guidance=request.guidance_scale > 1,
-            max_sequence_length=limit,
-            device=pipe._execution_device,
-        )
-
-
-def pipe_clean(text: str) -> str:
-    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
-    return prompt_clean(text)
-
-
-def denoise(
-    pipe, request, prompt_embeds, negative_embeds, on_step=lambda step, latents: None, quietly: bool = False
-):
-    """The pipeline's own loop, noise from a CPU generator so that a seed means the same everywhere.
-
-    on_step   called after every step with its number from 0 and the latents, which it must not change
-    Returns latents [1, 16, F, H / 8, W / 8] fp32. DaxError("check_failed") if one is not finite.
-    """
-    import torch
-    from tqdm import tqdm
-
-    disable = quietly or None  # None: where there is no terminal
-    with tqdm(total=request.steps, desc="denoise", unit="step", disable=disable, file=sys.stderr) as bar:
-
-        def step_done(pipe, step, timestep, tensors):
-            bar.update()
-            on_step(step, tensors["latents"])
-            return {}
-
-        latents = pipe(
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_embeds,
-            height=request.height,
-            width=request.width,
-            num_frames=request.num_frames,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            output_type="latent",
-            callback_on_step_end=step_done,
-            callback_on_step_end_tensor_inputs=["latents"],
-        ).frames
-    if not torch.isfinite(latents).all():
-        raise DaxError("check_failed", f"the latents are not finite after {request.steps} steps: no clip was written")
-    return latents
-
-
-def decode(pipe, latents):
-    """Latents to frames [T, H, W, 3] uint8 (numpy). DaxError("check_failed") if a pixel is not finite."""
-    import torch
-
-    vae = pipe.vae
-    shape = (1, vae.config.z_dim, 1, 1, 1)
-    latents = latents.to(vae.device, vae.dtype)
-    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
-    inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
-    with torch.no_grad():
-        clip = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
-    if not torch.isfinite(clip).all():
-        raise DaxError("check_failed", "the decoded frames are not finite: no clip was written")
-    frames = pipe.video_processor.postprocess_video(clip, output_type="np")[0]
-    return (frames * 255).round().astype("uint8")
-
-
-class Forwards:
-    """Counts the forwards that really run the blocks, by the branch the pipeline announces; `computed` is the count."""
-
-    def __init__(self, transformer):
-        self.transformer, self.branch, self.edits = transformer, "cond", Edits()
-        self.computed = {"cond": 0, "uncond": 0}
-
-    def __enter__(self):
-        self.handle = self.transformer.blocks[0].register_forward_pre_hook(self.add)
-        self.vendor_context = self.edits.set_attribute(self.transformer, "cache_context", self.cache_context)
-        return self
-
-    def __exit__(self, *_):
-        self.handle.remove()
-        self.edits.undo()
-
-    @contextmanager
-    def cache_context(self, name: str, **announced):
-        self.branch = name
-        with self.vendor_context(name, **announced):
-            yield
-
-    def add(self, *_) -> None:
-        self.computed[self.branch] += 1
-
-
-def checkpoint_of(checked) -> str:
-    """The digest a calibration of this checkpoint carries, from its folder."""
-    from dax.cache.checkpoint import TENSOR, folder_digest
-    from dax.generate.checkpoint import read_weights
-
-    tensors = read_weights(checked.folder / "transformer", "diffusion_pytorch_model")[0]
-    return folder_digest(tensors[TENSOR].file, checked.facts.num_layers)
-
-
-def check_steps(resolved, facts, request, checkpoint: str | None):
-    """The step plan of a resolved plan as far as it is known without weights, else None.
-
-    DaxError("bad_request") if it cannot serve the request.
-    """
-    if resolved.plan.cache.policy == "none":
-        return None
-    setting = Setting(
-        steps=request.steps,
-        flow_shift=request.flow_shift,
-        guidance_scale=request.guidance_scale,
-        checkpoint=checkpoint,
-    )
-    make = maker(resolved.plan.cache, resolved.calibration, facts.name)
-    return make(setting, flow_sigmas(request.steps, request.flow_shift))
-
-
-@contextmanager
-def out_of_memory(request):
-    """Turn a failed allocation into one line with ways out."""
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "allocate memory" not in str(error):
-                raise
-        raise DaxError(
-            "out_of_memory",
-            f"{request.height}x{request.width}x{request.num_frames} does not fit: fewer frames, a smaller size, or a "
-            "device with more memory",
-        ) from error
-
-
-def synchronize() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def peak_memory_gib(device: str) -> float:
-    """Of the device's allocator, or of the whole process on a CPU."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def version() -> str:

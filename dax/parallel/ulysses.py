@@ -120,9 +120,10 @@ def shared(backend, sequence, chunks: int = 0, travel=None):
             return None
         per_tile, widest = found
         tiles = [-(-size // travel.token_align) for size in sequence.layout.token_sizes]
-        entries = per_tile.shape[1] // tiles[wire.rank]
-        every = gather(wire, widest.unsqueeze(0), (1,) * wire.ranks, 0)
-        return gather(wire, per_tile, tuple(count * entries for count in tiles), 1), every.amax(0)
+        every = gather(wire, torch.cat([per_tile, widest.unsqueeze(1)], 1), tuple(count + 1 for count in tiles), 1)
+        parts = every.split([count + 1 for count in tiles], 1)  # a rank's tiles, then its range
+        widest = torch.stack([part[:, -1] for part in parts]).amax(0)
+        return torch.cat([part[:, :-1] for part in parts], 1), widest
 
     def prepare(q, k, v, heads, turn, stats, scale=None):
         operands = travel.prepare(q, k, v, heads, turn, stats, scale)
@@ -142,7 +143,7 @@ def shared(backend, sequence, chunks: int = 0, travel=None):
 def prepared_here(backend, operands, turn, scale):
     """What arrived as q, k, v [B, S, h, D], normed and turned already, as the backend wants it."""
     heads = operands[0].shape[2]
-    q, k, v = (x.flatten(2) for x in operands)
+    q, k, v = (x.flatten(2).contiguous() for x in operands)
     return backend.prepare(q, k, v, heads, turn, backend.stats(k, v, heads, turn), scale)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 SLACK_DB = 3.0  # p10 may lie this far under the target
+CAP_DB = 100.0  # of a combination that changes nothing
 CURIOUS_DB = 1.5  # how far under the target a cheaper combination may be predicted and still be tried
 
 
@@ -27,7 +28,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Point:
-    """A combination: one Option of every knob. `cost` is its share of exact's work; PSNR in dB, None if not run."""
+    """A combination: one Option of every knob. `cost` is its share of exact's work; PSNR in dB, None if not run.
+
+    predicted_db   the highest target it should hold
+    """
 
     options: tuple[Option, ...]
     cost: float
@@ -39,14 +43,23 @@ class Point:
     def name(self) -> str:
         return " + ".join(option.name for option in self.options if option.values) or "exact"
 
+    @property
+    def held_db(self) -> float:
+        """The highest target it holds."""
+        return -math.inf if self.psnr_db is None else held(self.psnr_db, self.p10_db)
+
     def holds(self, target: float) -> bool:
-        """Measured, its mean at the target or above, and its p10 no more than SLACK_DB under."""
-        return self.psnr_db is not None and self.psnr_db >= target and self.p10_db >= target - SLACK_DB
+        return self.held_db >= target
+
+
+def held(psnr_db: float, p10_db: float) -> float:
+    """The highest target a plan holds: its mean is at the target or above, its p10 no more than SLACK_DB under."""
+    return min(psnr_db, p10_db + SLACK_DB)
 
 
 @dataclass
 class Search:
-    """Everything found so far. `alone`: {Option: PSNR in dB by itself}; `points`: every combination, by its options."""
+    """Everything found so far. `alone`: {Option: the target it holds by itself}; `points`: combinations, by options."""
 
     alone: dict[Option, float]
     points: dict[tuple[Option, ...], Point]
@@ -55,7 +68,7 @@ class Search:
     def bias(self) -> float:
         """dB by which whole runs differ from what their knobs predict: negative where knobs make each other worse."""
         found = [
-            point.psnr_db - added_up(point.options, self.alone)
+            point.held_db - added_up(point.options, self.alone)
             for point in self.points.values()
             if point.psnr_db is not None and sum(bool(option.values) for option in point.options) > 1
         ]
@@ -68,7 +81,7 @@ class Search:
         for point in self.points.values():
             several = sum(bool(option.values) for option in point.options) > 1
             db = added_up(point.options, self.alone) + (bias if several else 0.0)
-            found.append(replace(point, predicted_db=min(db, 100.0)))
+            found.append(replace(point, predicted_db=min(db, CAP_DB)))
         return sorted(found, key=lambda point: (point.cost, -point.predicted_db))
 
     def best(self, target: float, but: Iterable[tuple] = ()) -> Point | None:
@@ -90,15 +103,15 @@ class Search:
 
 
 def added_up(options: Iterable[Option], alone: dict[Option, float]) -> float:
-    """PSNR in dB if the squared errors of the options simply add."""
+    """dB that a combination holds if the squared errors of its options simply add."""
     total = sum(10 ** (-alone[option] / 10) for option in options if option.values)
-    return -10 * math.log10(total) if total else 100.0
+    return -10 * math.log10(total) if total else CAP_DB
 
 
 def begin(knobs: list[list[Option]], alone: Callable, cost: Callable) -> Search:
     """Measure every option by itself, leave out what another option of its knob beats, and lay out all combinations.
 
-    alone   Option -> its PSNR in dB
+    alone   Option -> (mean PSNR, p10) in dB
     cost    tuple of Options -> share of exact's work
     """
     found: dict[Option, float] = {}
@@ -108,7 +121,7 @@ def begin(knobs: list[list[Option]], alone: Callable, cost: Callable) -> Search:
         priced = []
         for option in options:
             price = cost((*neutral[:index], option, *neutral[index + 1 :]))
-            found[option] = alone(option) if option.values else 100.0
+            found[option] = held(*alone(option)) if option.values else CAP_DB
             priced.append((price, -found[option], option))
         chosen, best = [], -math.inf
         for _, negative, option in sorted(priced, key=lambda each: each[:2]):
@@ -134,7 +147,7 @@ def climb(search: Search, target: float, measure: Callable, max_runs: int) -> Po
         if not (likely or (best and close)):
             break
         chosen = likely[0] if likely else max(close, key=lambda point: point.predicted_db)
-        psnr_db, p10_db = measure(chosen.options)
+        psnr_db, p10_db = measure(chosen.options) if any(o.values for o in chosen.options) else (CAP_DB, CAP_DB)
         search.points[chosen.options] = replace(chosen, psnr_db=psnr_db, p10_db=p10_db)
         search.runs += 1
     return search.best(target)

@@ -362,4 +362,3 @@ def test_guidance_plans_are_separate_choices():
     assert (mask(guidance_rows(row, every=2)), mask(guidance_rows(row, drop_last=2))) == ("100100", "1101--")
     with pytest.raises(DaxError, match="drop_last = 6 of 6 steps"):
         guidance_rows(row, drop_last=6)
-

@@ -21,7 +21,7 @@ def test_weights_are_small_and_safe():
     weights = list(FOLDER.rglob("*.safetensors"))
     sizes = [file.stat().st_size for file in weights]
     assert sum(sizes) <= 32e6 and max(sizes) <= 15e6
-    assert {file.suffix for file in FOLDER.rglob("*") if file.is_file()} <= {".safetensors", ".json", ".md"}
+    assert {file.suffix for file in FOLDER.rglob("*") if file.is_file()} <= {".safetensors", ".json", ".md", ".txt"}
 
 
 def test_the_card_states_what_was_measured():

@@ -42,6 +42,20 @@ def attention(B, S, H, ulysses, rows, align, chunks, dtype=torch.float32):
     return (joined.float() - whole.float()).abs().max().item()
 
 
+def int8(B, S, H, ulysses, rows, chunks, wire="8bit", D=64):
+    """Relative difference of int8 attention on all ranks to one process, 0 if equal bit for bit, as rank 0 sees it."""
+    backend = backend_of("int8")
+    q, k, v = qkv(B, S, H, D, torch.bfloat16)
+    sequence = sequence_of(Wire(dist.group.WORLD), S, H, ulysses, rows, backend.token_align)
+    travel = None if wire == "8bit" else backend_of("sdpa")
+    o = attend_with(shared(backend, sequence, chunks, travel), *(sequence.shard(x, 1) for x in (q, k, v)))
+    together = sequence.gather(o, 1)
+    if dist.get_rank() != 0:
+        return 0.0
+    whole = attend_with(backend, q, k, v)
+    return 0.0 if torch.equal(together, whole) else relative(together.float(), whole.float())
+
+
 def gather_of(sizes, dtype, dim):
     wire = Wire(dist.group.WORLD)
     whole = torch.arange(sum(sizes) * 6).view(2, sum(sizes), 3).to(dtype).movedim(1, dim)

@@ -1,0 +1,64 @@
+"""`dax tune`: the cheapest plan that holds a stated fidelity. The work is in `dax.tune.run`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    min_psnr: Annotated[float, typer.Option(help="dB that the mean over prompts must hold against exact")],
+    output: Annotated[str, typer.Option("-o", "--output", help=".yaml")] = "plan.yaml",
+    model: Annotated[
+        str | None, typer.Option(help="diffusers folder or hub id; default: the embedded tiny Wan")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="text file, one a line, to tune on")] = None,
+    held_out: Annotated[str | None, typer.Option(help="text file of other prompts, to verify on")] = None,
+    calibration: Annotated[str, typer.Option(help="file of dax calibrate; auto: the one that ships")] = "auto",
+    height: Annotated[int | None, typer.Option(help="pixels")] = None,
+    width: Annotated[int | None, typer.Option(help="pixels")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="4 n + 1")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 or less: no guidance")] = None,
+    flow_shift: Annotated[float | None, typer.Option(help="shift of the noise levels")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the first prompt; the next ones count on")] = None,
+    few: Annotated[int, typer.Option(help="prompts on which each setting is measured alone")] = 3,
+    max_runs: Annotated[int, typer.Option(help="combinations that are run on all prompts")] = 10,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output if it exists")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="the findings as one JSON object on stdout")] = False,
+) -> None:
+    """Search attention, linears, step cache and guidance for the cheapest plan that holds a fidelity."""
+    from dax.bench.report import command_line, table
+    from dax.tune.run import Job, tune
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if model is None:
+        log("no --model: the embedded tiny Wan")
+    given = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "flow_shift": flow_shift,
+        "seed": seed,
+    }
+    job = Job(
+        min_psnr, Path(output), given, model, prompts, held_out, calibration, few, max_runs, device, overwrite,
+        command_line(),
+    )  # fmt: skip
+    found = tune(job, log)
+    rows = [{"plan": p.name, "cost": 100 * p.cost, "psnr": p.psnr_db, "p10": p.p10_db} for p in found.front]
+    log(table(rows, {"plan": "on the front", "cost": "% of exact's work", "psnr": "PSNR dB", "p10": "p10"}))
+    held = found.measured
+    log(
+        f"{output}: {found.point.name}, {100 * held.cost:.0f} % of exact's work, {held.psnr_db:.1f} dB (p10 "
+        f"{held.psnr_p10_db:.1f}) on {held.prompts} held-out prompts"
+    )
+    record = {"path": output, "plan": found.plan.model_dump(), "measured": held.model_dump(), "front": rows}
+    print(json.dumps(record | {"sensitivity": found.errors}) if as_json else output)

@@ -1,0 +1,228 @@
+"""The stages of a job, one function each: load, encode, denoise, decode; their clock and their count of forwards.
+
+The denoising loop is the pipeline's own. Nothing here knows of plans, files or the command line.
+"""
+
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from dax.edits import Edits
+from dax.errors import DaxError
+from dax.generate.preflight import Checked
+
+
+@dataclass
+class Clock:
+    """Seconds per stage. `enter` is told each stage's name as it begins."""
+
+    enter: Callable[[str], None]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str):
+        self.enter(name)
+        start = time.perf_counter()
+        yield
+        synchronize()
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+def load(checked: Checked, device: str, dtype, text: bool = True):
+    """The pipeline, from safetensors only and nothing but local files. The VAE stays in fp32, as its authors run it.
+
+    Weights go to the device tensor by tensor, so that several ranks do not hold a copy each in the host's memory.
+    text   whether to load the text encoder, the largest part after the transformer
+    """
+    import torch
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    local = {"use_safetensors": True, "local_files_only": True}
+    without = {} if text else {"text_encoder": None, "tokenizer": None}
+    try:
+        with quiet():
+            transformer = WanTransformer3DModel.from_pretrained(
+                checked.folder, subfolder="transformer", dtype=dtype, device_map={"": device}, **local
+            )
+            pipe = WanPipeline.from_pretrained(
+                checked.folder,
+                transformer=transformer,
+                dtype={"default": dtype, "vae": torch.float32},
+                **without,
+                **local,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if "out of memory" in str(error) or "allocate memory" in str(error):
+            raise
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DaxError("bad_model", f"{checked.folder}: diffusers cannot load it: {first}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@contextmanager
+def quiet():
+    """Libraries keep their own progress bars and advice to themselves meanwhile."""
+    import diffusers.utils.logging as diffusers
+    import transformers.utils.logging as transformers
+
+    libraries = (diffusers, transformers)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for library in libraries:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library, (verbosity, bars) in zip(libraries, before, strict=True):
+                library.set_verbosity(verbosity)
+                if bars:
+                    library.enable_progress_bar()
+
+
+def set_flow_shift(pipe, flow_shift: float) -> None:
+    """Give the pipeline a scheduler of the same kind with that shift of its noise levels."""
+    name = "flow_shift" if "flow_shift" in pipe.scheduler.config else "shift"
+    if pipe.scheduler.config.get(name) != flow_shift:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{name: flow_shift})
+
+
+def encode(pipe, request, remarks: list[str]):
+    """Embeddings of the prompt and of the negative one (None without guidance), each [1, 512, text_dim]."""
+    import torch
+
+    length = len(pipe.tokenizer(pipe_clean(request.prompt)).input_ids)
+    limit = 512
+    if length > limit:
+        remarks.append(f"the prompt has {length} tokens: the last {length - limit} are not used")
+    with torch.no_grad():
+        return pipe.encode_prompt(
+            request.prompt,
+            request.negative_prompt,
+            do_classifier_free_guidance=request.guidance_scale > 1,
+            max_sequence_length=limit,
+            device=pipe._execution_device,
+        )
+
+
+def pipe_clean(text: str) -> str:
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    return prompt_clean(text)
+
+
+def denoise(pipe, request, prompt_embeds, negative_embeds, on_step=lambda step, latents: None, quietly: bool = False):
+    """The pipeline's own loop, noise from a CPU generator so that a seed means the same everywhere.
+
+    on_step   called after every step with its number from 0 and the latents, which it must not change
+    Returns latents [1, 16, F, H / 8, W / 8] fp32. DaxError("check_failed") if one is not finite.
+    """
+    import torch
+    from tqdm import tqdm
+
+    disable = quietly or None  # None: where there is no terminal
+    with tqdm(total=request.steps, desc="denoise", unit="step", disable=disable, file=sys.stderr) as bar:
+
+        def step_done(pipe, step, timestep, tensors):
+            bar.update()
+            on_step(step, tensors["latents"])
+            return {}
+
+        latents = pipe(
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_embeds,
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            output_type="latent",
+            callback_on_step_end=step_done,
+            callback_on_step_end_tensor_inputs=["latents"],
+        ).frames
+    if not torch.isfinite(latents).all():
+        raise DaxError("check_failed", f"the latents are not finite after {request.steps} steps: no clip was written")
+    return latents
+
+
+def decode(pipe, latents):
+    """Latents to frames [T, H, W, 3] uint8 (numpy). DaxError("check_failed") if a pixel is not finite."""
+    import torch
+
+    vae = pipe.vae
+    shape = (1, vae.config.z_dim, 1, 1, 1)
+    latents = latents.to(vae.device, vae.dtype)
+    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
+    inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
+    with torch.no_grad():
+        clip = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
+    if not torch.isfinite(clip).all():
+        raise DaxError("check_failed", "the decoded frames are not finite: no clip was written")
+    frames = pipe.video_processor.postprocess_video(clip, output_type="np")[0]
+    return (frames * 255).round().astype("uint8")
+
+
+class Forwards:
+    """Counts the forwards that really run the blocks, by the branch the pipeline announces; `computed` is the count."""
+
+    def __init__(self, transformer):
+        self.transformer, self.branch, self.edits = transformer, "cond", Edits()
+        self.computed = {"cond": 0, "uncond": 0}
+
+    def __enter__(self):
+        self.handle = self.transformer.blocks[0].register_forward_pre_hook(self.add)
+        self.vendor_context = self.edits.set_attribute(self.transformer, "cache_context", self.cache_context)
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+        self.edits.undo()
+
+    @contextmanager
+    def cache_context(self, name: str, **announced):
+        self.branch = name
+        with self.vendor_context(name, **announced):
+            yield
+
+    def add(self, *_) -> None:
+        self.computed[self.branch] += 1
+
+
+@contextmanager
+def out_of_memory(request):
+    """Turn a failed allocation into one line with ways out."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            if "allocate memory" not in str(error):
+                raise
+        raise DaxError(
+            "out_of_memory",
+            f"{request.height}x{request.width}x{request.num_frames} does not fit: fewer frames, a smaller size, or a "
+            "device with more memory",
+        ) from error
+
+
+def synchronize() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_memory_gib(device: str) -> float:
+    """Of the device's allocator, or of the whole process on a CPU."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,72 @@
+"""The knobs a tune turns, each with its settings: attention, linears, step cache, guidance. What does not run here is
+left out by name.
+"""
+
+from dax.attention import KERNELS
+from dax.attention import reason as attention_reason
+from dax.hardware import Machine
+from dax.plan import Plan
+from dax.quant.scheme import reason as linear_reason
+from dax.tune.search import Option
+
+BUDGETS = (0.75, 0.6, 0.5, 0.45, 0.4, 0.36, 0.33, 0.3, 0.25)  # of a calibrated step plan
+PERIODS = (2, 3, 4)  # of an even mask
+SCHEMES = ("int8", "fp8")
+SPARED = (0.2, 0.4)  # share of the last steps without guidance
+
+
+def knobs(machine: Machine, dtype: str, head_dim: int, steps: int, budgets, calibration: str, rule_lists) -> tuple:
+    """([the options of each knob, the neutral one first], [what is left out, and why]).
+
+    budgets       of step plans that the calibration holds; () makes masks of even steps instead
+    rule_lists    {scheme: [{pattern: none}]} of what sensitivity found
+    """
+    left_out = []
+    attention = [Option("attention", "exact attention", {})]
+    for kernel, needs in KERNELS.items():
+        if needs.exact:
+            continue
+        if problem := attention_reason(kernel, machine, dtype, head_dim):
+            left_out.append(f"attention.kernel = {kernel}: {problem}")
+        else:
+            attention.append(Option("attention", f"{kernel} attention", {"attention.kernel": kernel}))
+    linear = [Option("linear", "bf16 linears", {})]
+    for scheme in SCHEMES:
+        if problem := linear_reason(scheme, machine):
+            left_out.append(f"linear.scheme = {scheme}: {problem}")
+            continue
+        linear.append(Option("linear", f"{scheme} linears", {"linear.scheme": scheme}))
+        for spared in rule_lists.get(scheme, ()):
+            name = f"{scheme} linears but {len(spared)} groups"
+            linear.append(Option("linear", name, {"linear.scheme": scheme, "linear.rules": spared}))
+    cache = [Option("cache", "every step", {})]
+    for budget in budgets:
+        values = {"cache.policy": "calibrated", "cache.budget": budget, "cache.file": calibration}
+        cache.append(Option("cache", f"{100 * budget:.0f} % of steps", values))
+    if not budgets:
+        left_out.append("cache.policy = calibrated: no calibration of this model; even masks instead (dax calibrate)")
+        masks = [(f"1 step in {n}", even_mask(steps, n)) for n in PERIODS]
+        cache += [Option("cache", name, {"cache.policy": "mask", "cache.mask": mask}) for name, mask in masks]
+    guidance = [Option("guidance", "full guidance", {})]
+    guidance.append(Option("guidance", "uncond every 2nd", {"cache.uncond_every": 2}))
+    for share in SPARED:
+        last = round(share * steps)
+        guidance.append(Option("guidance", f"no guidance in the last {last}", {"cache.drop_uncond": last}))
+    return [attention, linear, cache, guidance], left_out
+
+
+def even_mask(steps: int, period: int) -> str:
+    """A fifth of the steps first, where the picture is decided; then every `period`-th, and the last."""
+    first = max(1, steps // 5)
+    computed = [i < first or (i - first) % period == period - 1 or i == steps - 1 for i in range(steps)]
+    return "".join("01"[each] for each in computed)
+
+
+def plan_of(options, base: Plan, steps: int) -> Plan:
+    """The plan of a combination, on top of exact. Guidance alone is carried by a mask of ones."""
+    values: dict = {}
+    for option in options:
+        values |= option.values
+    if any(key in values for key in ("cache.uncond_every", "cache.drop_uncond")) and "cache.policy" not in values:
+        values |= {"cache.policy": "mask", "cache.mask": "1" * steps}
+    return Plan.from_layers([("exact", base.leaves()), ("tune", values)])[0]
