@@ -49,11 +49,11 @@ def test_help_is_quick_and_needs_no_torch():
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert ended.returncode == 0 and ended.stderr.strip() == "[]"
     assert min(spent) < 0.5
-    for command in ("generate", "explain", "bench", "inspect", "doctor"):
+    for command in ("generate", "explain", "compare", "tune", "bench", "inspect", "doctor"):
         assert command in ended.stdout
 
 
-@pytest.mark.parametrize("command", ["generate", "explain", "bench", "inspect", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "explain", "compare", "tune", "bench", "inspect", "doctor"])
 def test_every_command_has_help(command):
     ended = dax(command, "--help")
     assert ended.returncode == 0 and "Usage: dax" in ended.stdout

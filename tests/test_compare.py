@@ -1,6 +1,9 @@
 """dax compare: the same noise for every plan, nothing run twice, and a report that fits its schema and its browser."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -259,3 +262,22 @@ def test_the_sheet_shows_every_plan(report, job):
         pixels = np.asarray(picture.convert("RGB"))
     rows = [r for r in np.abs(pixels[46:, 230:].astype(int) - 255).sum((1, 2)).nonzero()[0]]
     assert len(rows) >= 2 * 128 - 2
+
+
+def test_the_command_line_ends_in_one_line_and_a_code(job, tmp_path):
+    def dax(*arguments):
+        environment = {**os.environ, "PYTHONPATH": str(SCHEMA.parents[2])}
+        ended = subprocess.run(
+            [sys.executable, "-m", "dax", *map(str, arguments)], capture_output=True, text=True, env=environment,
+            timeout=120,
+        )  # fmt: skip
+        lines = [line for line in ended.stderr.splitlines() if not line.startswith("no --model")]
+        assert len(lines) == 1 and ended.stdout == "", ended.stderr
+        return ended.returncode, lines[0]
+
+    (tmp_path / "mine.txt").write_text("keep me")
+    code, line = dax("compare", "--plan", "exact", "-o", tmp_path, "--prompts", job.prompts)
+    assert code == 6 and "holds 'mine.txt' and no report of DAX" in line
+    code, line = dax("tune", "--min-psnr", "200", "-o", tmp_path / "plan.yaml")
+    assert code == 2 and "min_psnr 200.0 must be a number from 0 to 100" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
