@@ -82,7 +82,7 @@ def resolve(
         plan.parallel,
         facts,
         machine,
-        ranks,
+        replace(ranks, align=planner.TILE) if kernel in EIGHT_BIT else ranks,
         travels=kernel in EIGHT_BIT,
         attention="bf16" if attention.KERNELS[kernel].exact else "8bit",
         linear="8bit" if linear.active else "bf16",

@@ -4,12 +4,14 @@ import json
 
 import pytest
 
-from dax.bench import contest, report, rivals
+from dax.bench import contest, linear, report, rivals, start
 from dax.bench.block import calls_of
+from dax.bench.breakdown import kind_of
 from dax.bench.model import build
 from dax.bench.size import Size
 from dax.errors import DaxError
 from dax.facts import facts_named
+from dax.plan import Plan
 
 torch = pytest.importorskip("torch")
 
@@ -205,3 +207,70 @@ def test_the_command_prints_the_ledger(capsys):
     assert isinstance(json.loads(capsys.readouterr().out), list)
     with pytest.raises(DaxError, match="did you mean 'block'"):
         command("blok")
+
+
+def test_linear_checks_every_product_and_names_its_ceiling():
+    log = []
+    result = linear.bench("tiny", (64, 64, 5), 0.0, 0.01, "cpu", log.append)
+    assert json.loads(json.dumps(result)) == result and result["tokens"] == 32
+    shapes = [row["shape"] for row in result["rows"]]
+    assert {"384 x 384", "384 x 1024", "1024 x 384", "384 x 1024 x 384"} == set(shapes)
+    labels = {row["label"] for row in result["rows"] if row["subject"] == "ffn"}
+    assert labels == {"DAX int8", "DAX fp8", "bf16, gate in one pass"}
+    assert all(row["error"] < 0.05 for row in result["rows"]) and any("int8 0.00" in text for text in log)
+
+
+def test_linear_does_not_time_a_wrong_product(monkeypatch):
+    from dax.kernels import scaled_linear
+
+    original = scaled_linear.scaled_linear
+    monkeypatch.setattr(scaled_linear, "scaled_linear", lambda *args: original(*args) * 1.01)
+    monkeypatch.setattr(linear, "measure", lambda *rest: pytest.fail("timed a wrong answer"))
+    with pytest.raises(DaxError, match="DAX int8: 0.01.* from the reference, limit") as caught:
+        linear.bench("tiny", (64, 64, 5), 0.0, 0.01, "cpu", lambda text: None)
+    assert caught.value.exit_code == 8
+
+
+def test_a_waterfall_adds_one_technique_after_the_other():
+    rows = rivals.rows_named("eager", ["balanced"], as_waterfall=True)
+    assert [row.name for row in rows] == ["eager", "dax stock", "dax +blocks", "dax +attention", "dax +linear"]
+    assert [row.plan.blocks.fused for row in rows[1:]] == [False, True, True, True]
+    assert rows[-1].plan == Plan.load("balanced") and rows[1].limit == rows[2].limit < rows[3].limit
+    assert [rivals.arithmetic(row) for row in rows[2:]] == [("bf16", "bf16"), ("bf16", "int8"), ("int8", "int8")]
+
+
+def test_a_plan_alone_may_change_the_model_itself_and_is_held_to_eager():
+    result = contest.bench("block", "tiny", rows="", plans=["balanced"], num_layers=2, log=lambda text: None, **QUICK)
+    (row,) = result["rows"]
+    assert 0.005 < row["error"] < row["error_limit"] and row["arrange_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob", "attention"),
+        ("attention_kernel", "attention"),
+        ("nvjet_sm90_tst_192x208_64x4_1x2_h_bz_coopB_bias_TNT", "gemm"),
+        ("linear_kernel", "gemm"),
+        ("norm_rope_kernel", "elementwise"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor", "elementwise"),
+    ],
+)
+def test_kernels_are_sorted_by_kind(kernel, kind):
+    assert kind_of(kernel) == kind
+
+
+def test_a_start_is_timed_cold_and_warm(monkeypatch):
+    monkeypatch.setattr(start, "CHILD", "import os; print(len(os.listdir(os.environ['TRITON_CACHE_DIR'])), 2.0, 3.0)")
+    result = start.bench("tiny", (64, 64, 5), "balanced", "cpu", lambda text: None)
+    assert [row["cache"] for row in result["rows"]] == ["empty", "warm"]
+    assert all(row["imports_s"] == 0 and row["seconds"] > 0 for row in result["rows"])
+    monkeypatch.setattr(start, "CHILD", "raise ValueError('no such plan')")
+    with pytest.raises(DaxError, match="bench start: ValueError: no such plan"):
+        start.bench("tiny", (64, 64, 5), "balanced", "cpu", lambda text: None)
+
+
+def test_what_a_start_runs(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["-c", "tiny", "exact", "cpu", "64", "64", "5"])
+    exec(compile(start.CHILD, "child", "exec"), {})
+    assert all(float(seconds) >= 0 for seconds in capsys.readouterr().out.split())

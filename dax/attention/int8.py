@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from dax.attention.backend import Backend
-from dax.kernels.attention_int8 import ATTENTION_INT8, compute_capability, hopper
+from dax.kernels.attention_int8 import ATTENTION_INT8, compute_capability
 from dax.kernels.language import Absent, gl
 from dax.kernels.qk_quantize import K_QUANTIZE, Q_QUANTIZE, TILE
 from dax.kernels.token_stats import TOKEN_AMAX, TOKEN_MEANS

@@ -31,6 +31,8 @@ def count_of(gpus: int, device: str | None) -> tuple[Place, int]:
 
         local = gpus if here.count == 1 else here.local_rank + 1
         check_gpus(local, device, torch.cuda.device_count())
+        if here.count > 1 and device != "cpu":
+            torch.cuda.set_device(here.local_rank)
     return here, count
 
 

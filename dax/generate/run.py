@@ -69,6 +69,8 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
     """
     start = time.perf_counter()
     at, count = count_of(job.gpus, job.device)
+    if not at.first:
+        log = lambda text: None
     job, earlier = with_earlier(job)
     checked = check_model(job.model)
     facts = checked.facts

@@ -1,8 +1,11 @@
 """A process becomes a rank: its place read from the environment, the same run agreed on, the process group made."""
 
+import atexit
 import hashlib
 import json
 import os
+import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +14,7 @@ from pathlib import Path
 from dax.errors import DaxError
 from dax.parallel import board
 from dax.parallel.board import LOADING_S
+from dax.parallel.launch import Watch
 
 NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -73,6 +77,8 @@ def joined(here: Place, device: str, agreed: dict[str, str]):
     import torch
     import torch.distributed as dist
 
+    spawned = board.PATH in os.environ
+    watch = None if spawned else watched(here)
     timeout = timedelta(seconds=LOADING_S)
     store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
     agree(dist.PrefixStore("dax", store), rank, agreed)
@@ -81,10 +87,31 @@ def joined(here: Place, device: str, agreed: dict[str, str]):
     gpu = torch.device("cuda", here.local_rank) if device == "cuda" else None
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout, device_id=gpu)
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if not spawned and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            first = next(iter(str(error).splitlines()), "")
+            raise DaxError("rank_failed", f"rank {rank} lost the others: {first}") from error
+        raise  # of spawned ranks, the parent tells which was lost
     if mine := board.mine():
         mine.enter("done")
     dist.destroy_process_group()  # not after a failure: the others may never answer
+    if watch:
+        watch.stop()
+
+
+def watched(here: Place) -> Watch | None:
+    """Under torchrun nobody looks: then the ranks of one machine look at each other. None on several machines.
+
+    The page is named after torchrun's own process, so that no other run has it.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(here.count):
+        return None
+    path = Path(tempfile.gettempdir()) / f"dax-board-{os.getppid()}"
+    os.environ |= {board.PATH: str(path), board.COUNT: str(here.count)}
+    atexit.register(path.unlink, missing_ok=True)
+    return Watch(board.mine(), lambda line: print(f"dax: {line}", file=sys.stderr, flush=True))
 
 
 def agree(store, rank: int, mine: dict[str, str]) -> None:

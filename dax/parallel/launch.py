@@ -164,10 +164,10 @@ def alive(entry) -> bool:
 
 
 class Watch:
-    """A thread that looks at the board and kills the rank that holds the others up."""
+    """A thread that looks at the board and kills the rank that holds the others up. `tell` gets the line about it."""
 
-    def __init__(self, board: Board, interval_s: float = 0.25):
-        self.board, self.interval_s = board, interval_s
+    def __init__(self, board: Board, tell: Callable[[str], None] = lambda line: None, interval_s: float = 0.25):
+        self.board, self.tell, self.interval_s = board, tell, interval_s
         self.verdict: tuple[int, str] | None = None
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.look, daemon=True)
@@ -179,6 +179,7 @@ class Watch:
             if rank is not None:
                 entry = self.board.read(rank)
                 self.verdict = rank, f"hangs: no progress for {time.monotonic() - entry.at:.0f} s during {entry.stage}"
+                self.tell(f"rank {rank} {self.verdict[1]}")
                 with suppress(ProcessLookupError):
                     os.kill(entry.pid, signal.SIGKILL)
                 return

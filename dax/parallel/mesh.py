@@ -1,6 +1,7 @@
 """The process groups of a topology, as a DeviceMesh of cfg x sequence, and the wires over them."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -35,6 +36,7 @@ def build(topology: Topology, device: str) -> Mesh:
     tick = mine.tick if mine else None
     if device == "cuda":
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = timedelta(seconds=board.LOADING_S)  # it brings its own, too short to compile in
         high = {"sequence": options}
     shape = (topology.cfg, topology.sequence)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("cfg", "sequence"), backend_override=high)

@@ -12,6 +12,7 @@ from dax.errors import DaxError
 from dax.facts import Facts
 from dax.parallel.topology import Layout, Topology, complete
 
+TILE = 128  # keys that share a scale: their means are what 8-bit attention must know of all tokens
 DEGREES = ("cfg", "ulysses", "rows")
 CHUNKS = (1, 2, 3, 4, 5, 6, 8)  # head chunks worth a thought
 
@@ -131,6 +132,7 @@ def predict(
         kv = seconds(kv_share, sequence, wire_bytes, chunk)
         o = seconds(q_share, u, 2, chunk)
         total = chunk * (q + 2 * kv + o)
+        stats = exchange_s(4 * share / TILE * (sequence - 1), sequence, cluster) if wire_bytes == 1 else 0.0
         if chunks == 0:
             exposed = total
         else:
@@ -138,6 +140,7 @@ def predict(
             attending = compute_s(facts, tokens, topology, cluster, only_attention=True)
             middle = (chunk - 1) * (q + 2 * kv + o)
             exposed = q + 2 * kv + o + max(0.0, middle - attending * (chunk - 1) / chunk)
+        total, exposed = total + stats, exposed + stats
     tax = cluster.tax * (total - exposed)
     layer = compute + exposed + tax
     rounds = ceil(branches / topology.cfg)

@@ -120,10 +120,10 @@ def shared(backend, sequence, chunks: int = 0, travel=None):
             return None
         per_tile, widest = found
         tiles = [-(-size // travel.token_align) for size in sequence.layout.token_sizes]
-        entries = per_tile.shape[1] // tiles[wire.rank]
-        every = gather(wire, widest.unsqueeze(0), (1,) * wire.ranks, 0)
-        joined = gather(wire, per_tile, tuple(count * entries for count in tiles), 1)
-        return joined.contiguous(), every.amax(0)  # laid out as one process has it: sums go in the same order
+        every = gather(wire, torch.cat([per_tile, widest.unsqueeze(1)], 1), tuple(count + 1 for count in tiles), 1)
+        parts = every.split([count + 1 for count in tiles], 1)  # a rank's tiles, then its range
+        widest = torch.stack([part[:, -1] for part in parts]).amax(0)
+        return torch.cat([part[:, :-1] for part in parts], 1), widest
 
     def prepare(q, k, v, heads, turn, stats, scale=None):
         operands = travel.prepare(q, k, v, heads, turn, stats, scale)

@@ -102,8 +102,8 @@ class Bench:
     def forwards(self, each: Arrangement) -> int:
         """Forwards of one clip, from the step plan alone."""
         branches = 2 if self.request.guidance_scale > 1 else 1
-        cache, found = each.plan.cache, each.resolved.calibration
-        plan = schedule(cache, found, self.facts, self.request, self.checkpoint)
+        found = each.resolved
+        plan = schedule(found.plan.cache, found.calibration, self.facts, self.request, self.checkpoint)
         return branches * self.request.steps if plan is None else sum(plan.computed.values())
 
     def cost(self, each: Arrangement) -> float:

@@ -35,10 +35,6 @@ def strike(fault):
         sys.exit(0)
     if fault == "raise":
         raise ValueError("the dog ate it\nall of it")
-    if fault == "refuse":
-        from dax.errors import DaxError
-
-        raise DaxError("out_of_memory", "1x1x1 does not fit: a larger machine")
     if fault == "hang":
         time.sleep(60)
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import psutil
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from dax.errors import DaxError
 from dax.parallel.board import Board
 from dax.parallel.join import agree, check_gpus, place
-from dax.parallel.launch import run_ranks
+from dax.parallel.launch import failure, run_ranks, write_cause
 from tests.parallel import runs
 
 BUDGET_S = 5.0  # from the fault to the line, the promise of the contract
@@ -68,8 +69,23 @@ def test_the_first_cause_is_told_and_no_other(failing):
     error, seconds = failing("raise")
     assert str(error) == "rank 1, during round 2: ValueError: the dog ate it" and error.exit_code == 7
     assert seconds < BUDGET_S
-    error, _ = failing("refuse")
+
+
+@pytest.mark.fault(47)
+def test_a_refusal_keeps_its_code_and_echoes_are_not_told(tmp_path):
+    board = Board(tmp_path / "board", 2, 1)
+    board.enter("denoise step 2 of 4")
+    write_cause(tmp_path, 1, DaxError("out_of_memory", "1x1x1 does not fit: a larger machine"))
+    write_cause(tmp_path, 0, RuntimeError("Connection closed by peer"))
+    error = failure({}, board, None, tmp_path)
     assert str(error) == "1x1x1 does not fit: a larger machine" and error.exit_code == 5
+    (tmp_path / "cause-1").unlink()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with mock.patch("os.getpid", lambda: dead.pid):
+        board.enter("denoise step 3 of 4")
+    error = failure({}, board, None, tmp_path)
+    assert str(error) == "rank 1 vanished during denoise step 3 of 4: all 2 ranks ended" and error.exit_code == 7
 
 
 @pytest.mark.fault(48)

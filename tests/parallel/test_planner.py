@@ -49,7 +49,7 @@ def test_hiding_pays_more_on_a_slow_link():
 def test_eight_bits_halve_what_q_k_and_v_take_on_the_wire():
     link = replace(H200, inside=Link(0.0, 100e9))
     plain, small = (predict(WAN14, S, Topology(1, 2, 1), link, 0, wire_bytes).exchange_ms for wire_bytes in (2, 1))
-    assert small / plain == pytest.approx((3 * 1 + 2) / (4 * 2))  # the output keeps 16
+    assert small / plain == pytest.approx((3 * 1 + 2) / (4 * 2), abs=0.01)  # the output keeps 16; means are few
 
 
 def test_more_ranks_are_faster_and_never_more_than_all_of_them():
