@@ -16,7 +16,10 @@ def gaussian(*shapes, seed=0):
     return [torch.randn(*shape, generator=generator) for shape in shapes]
 
 
-def operands(q, k, v, turn=Turn()):  # noqa: B008: immutable
+NO_TURN = Turn()
+
+
+def operands(q, k, v, turn=NO_TURN):
     flat = [x.flatten(2) for x in (q, k, v)]
     return prepare(*flat, q.shape[2], turn, stats(flat[1], flat[2], q.shape[2]))
 
