@@ -17,6 +17,7 @@ from dax.bench.prompts import default_prompts, read_prompts
 from dax.errors import DaxError
 from dax.generate import run
 from dax.generate.request import check_memory, check_real, make_request
+from dax.generate.steps import checkpoint_of, schedule
 from dax.plan import Plan
 from dax.provenance import Measured, computes, save
 from dax.tune import sensitivity
@@ -85,7 +86,7 @@ class Bench:
         check_memory(
             self.facts, self.request, self.checked.parameters * dtype.itemsize, dtype.itemsize, self.here.memory_gib
         )
-        self.checkpoint = run.checkpoint_of(self.checked)
+        self.checkpoint = checkpoint_of(self.checked.folder, self.facts)
         self.exact = self.arrange("exact", Plan.load("exact"))
         self.store = Cells(job.output.with_suffix(".cells"))
         self.common = {"model": self.checked.digest, "device": self.here.name, "dtype": self.dtype}
@@ -101,7 +102,8 @@ class Bench:
     def forwards(self, each: Arrangement) -> int:
         """Forwards of one clip, from the step plan alone."""
         branches = 2 if self.request.guidance_scale > 1 else 1
-        plan = run.check_steps(each.resolved, self.facts, self.request, self.checkpoint)
+        found = each.resolved
+        plan = schedule(found.plan.cache, found.calibration, self.facts, self.request, self.checkpoint)
         return branches * self.request.steps if plan is None else sum(plan.computed.values())
 
     def cost(self, each: Arrangement) -> float:
