@@ -222,8 +222,10 @@ def faulty(fault):
     def rope_off_by_one(rope, inputs, tables):
         return tuple(table.roll(1, dims=1) for table in tables) if wrong else tables
 
-    def heads_swapped(wire, layout, x, axes, *chunk):
-        return original(wire, layout, x.flip(axes.heads) if wrong and axes.query else x, axes, *chunk)
+    def heads_swapped(wire, layout, operands, axes, *chunk):
+        if wrong and axes[0].query:
+            operands = [x.flip(axis.heads) for x, axis in zip(operands, axes)]
+        return original(wire, layout, operands, axes, *chunk)
 
     if fault == "rope":
         pipe.transformer.rope.register_forward_hook(rope_off_by_one)
