@@ -8,7 +8,7 @@ import typer
 
 from dax.errors import DaxError, nearest
 
-SUBJECTS = ("start", "linear", "block", "forward", "cache", "step", "video", "parallel", "claims")
+SUBJECTS = ("start", "attention", "linear", "block", "forward", "cache", "step", "video", "parallel", "claims")
 
 
 def command(
@@ -17,6 +17,7 @@ def command(
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
     num_frames: Annotated[int | None, typer.Option(help="frames of the video")] = None,
+    tokens: Annotated[int | None, typer.Option(help="attention: this many, whatever the video")] = None,
     layers: Annotated[
         int | None, typer.Option("--layers", "--num-blocks", help="blocks to build (4 for block, all for forward)")
     ] = None,
@@ -50,6 +51,10 @@ def command(
         from dax.bench.start import COLUMNS, bench
 
         result = bench(model, size, (plan or ["exact"])[0], device, log)
+    elif subject == "attention":
+        from dax.bench.attention import COLUMNS, bench
+
+        result = bench(model, size, rows, warm_up_s, timed_s, device, log, tokens)
     elif subject == "cache":
         from dax.bench.cache import COLUMNS, SHARES, bench
         from dax.cache.calibrate import Effort

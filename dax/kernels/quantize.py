@@ -111,7 +111,8 @@ def launch(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = Non
     codes = torch.empty(x.shape, device=x.device, dtype=dtype)
     row_scale = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
     rows = (row_scale.numel(),)
-    quantize_kernel[rows](x, codes, row_scale, scale, LARGEST=LARGEST[dtype], **row_meta(x.shape[-1]))
+    with torch.cuda.device_of(x):
+        quantize_kernel[rows](x, codes, row_scale, scale, LARGEST=LARGEST[dtype], **row_meta(x.shape[-1]))
     return codes, row_scale
 
 
