@@ -50,6 +50,10 @@ def command(
         from dax.bench.start import COLUMNS, bench
 
         result = bench(model, size, (plan or ["exact"])[0], device, log)
+    elif subject == "attention":
+        from dax.bench.attention import COLUMNS, bench
+
+        result = bench(model, size, rows, warm_up_s, timed_s, device, log, tokens)
     elif subject == "cache":
         from dax.bench.cache import COLUMNS, SHARES, bench
         from dax.cache.calibrate import Effort
@@ -64,10 +68,6 @@ def command(
         from dax.bench.video import COLUMNS, bench
 
         result = bench(model, size, (plan or ["fast"])[0], steps, layers, device, log)
-    elif subject == "attention":
-        from dax.bench.attention import COLUMNS, bench
-
-        result = bench(model, size, rows, warm_up_s, timed_s, device, log, tokens)
     elif subject == "linear":
         from dax.bench.linear import COLUMNS, bench
 
