@@ -100,16 +100,11 @@ def interpret() -> None:
             wanted = op.reference(*given)
             tensors = [x for x in (*given, *listed(wanted)) if isinstance(x, torch.Tensor)]
             kinds = {str(x.dtype).removeprefix("torch.") for x in tensors}
-            if kinds & set(INEXACT_IN_THE_INTERPRETER) or not interpretable(op):
+            if kinds & set(INEXACT_IN_THE_INTERPRETER):
                 continue
             with poisoned():
                 got = op.launch(*given)
             print(json.dumps({"op": name, "case": case, **errors(op, given, got, wanted)}), flush=True)
-
-
-def interpretable(op) -> bool:
-    """Not scaled matrix products: the interpreter's own of bf16 is wrong, and Gluon has none."""
-    return not op.name.startswith(("scaled_linear", "quantize_gelu"))
 
 
 def listed(outputs) -> tuple:
