@@ -16,12 +16,16 @@ from dax.bench.compare import Job, compare
 from dax.bench.compare_files import check_folder, write_report
 from dax.bench.compare_page import error_map, page, shrink
 from dax.bench.compare_record import Comparison
-from dax.bench.compare_variants import FLOOR, arrangements
+from dax.bench.compare_run import keys_of
+from dax.bench.compare_variants import FLOOR, Arrangement, arrangements
 from dax.bench.plots import Series, bars, curves
 from dax.bench.prompts import default_prompts, read_prompts
 from dax.errors import DaxError
+from dax.generate.request import make_request
+from dax.generate.run import check_model
 from dax.hardware import MACHINES, machine
 from dax.optimize import Resolved
+from dax.plan import Plan
 from tests.browser import browser, needs_browser
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "schema" / "compare.json"
@@ -281,3 +285,31 @@ def test_the_command_line_ends_in_one_line_and_a_code(job, tmp_path):
     code, line = dax("tune", "--min-psnr", "200", "-o", tmp_path / "plan.yaml")
     assert code == 2 and "min_psnr 200.0 must be a number from 0 to 100" in line
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_cell_is_known_by_all_it_depends_on():
+    plan = Plan()
+    request = make_request(check_model(None).facts, {"prompt": "x"})[0]
+
+    class Calibration:
+        def __init__(self, text):
+            self.digest = lambda: text
+
+    def key(each, requests=(request,), **common):
+        return keys_of(each, exact, list(requests), {"model": "m", "versions": {"torch": "1"}, **common})[0]
+
+    exact = Arrangement("exact", "reference", "", plan, Resolved(plan))
+    skips = Plan.from_layers([("test", {"cache.policy": "mask", "cache.mask": "10"})])[0]
+    plain = Arrangement("a", "plan", "", skips, Resolved(skips))
+    others = [
+        key(exact),
+        key(replace(exact, rounded=True)),
+        key(plain),
+        key(replace(plain, resolved=Resolved(skips, calibration=Calibration("one")))),
+        key(replace(plain, resolved=Resolved(skips, calibration=Calibration("two")))),
+        key(plain, [replace(request, seed=1)]),
+        key(plain, model="n"),
+        key(plain, versions={"torch": "2"}),
+    ]
+    assert len(set(others)) == len(others)
+    assert key(replace(plain, name="b", role="knob", description="other words")) == key(plain)

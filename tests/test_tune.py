@@ -107,13 +107,13 @@ def test_costs_are_shares_of_exact():
     exact = plan()
     assert costs.cost(exact, 100, exact, 100, 4) == 1
     assert costs.cost(exact, 36, exact, 100, 4) == pytest.approx(0.36)
-    whole = 206.2 + 59.0 + 9.0
-    assert costs.cost(plan(attention__kernel="sage"), 100, exact, 100, 4) == pytest.approx((whole - 62.6) / whole)
+    whole = 207.8 + 59.6 + 7.4
+    assert costs.cost(plan(attention__kernel="sage"), 100, exact, 100, 4) == pytest.approx((whole - 64.2) / whole)
     int8 = plan(linear__scheme="int8")
-    assert costs.cost(int8, 100, exact, 100, 4) == pytest.approx((whole - 26.7) / whole)
+    assert costs.cost(int8, 100, exact, 100, 4) == pytest.approx((whole - 26.3 - 2.2) / whole)
     spared = plan(linear__scheme="int8", linear__rules={"blocks.0": "none", "blocks.1.ffn": "none"})
     kept = (1 + 2 * 13824 / (6 * 5120 + 2 * 13824)) / 4
-    assert costs.cost(spared, 100, exact, 100, 4) == pytest.approx((whole - 26.7 * (1 - kept)) / whole)
+    assert costs.cost(spared, 100, exact, 100, 4) == pytest.approx((whole - 26.3 * (1 - kept) - 2.2) / whole)
 
 
 def test_rules_spare_what_hurts_most_for_the_least_work():

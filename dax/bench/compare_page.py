@@ -207,11 +207,12 @@ def attribution_plot(each: Attribution, comparison: Comparison, markup) -> dict:
     rows.append(("all together", "together", each.together, note))
     if each.if_independent is not None:
         rows.append(("if independent", "predicted", each.if_independent, f"{100 * each.if_independent:.2g} %"))
+    count = len(each.prompts)
     floor = [cell.latent_error[-1] for cell in comparison.noise.cells]
     refused = "".join(f"; {knob.part} alone: {knob.refused}" for knob in each.knobs if knob.refused)
     return {
         "title": each.plan,
-        "note": f"relative L2 of the final latents, {len(each.prompts)} prompts{refused}",
+        "note": f"relative L2 of the final latents, prompt{'s 1 to' if count > 1 else ''} {count}{refused}",
         "svg": markup(bars(rows, (min(floor), max(floor)), f"what the knobs of {each.plan} cost")),
     }
 

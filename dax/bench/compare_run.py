@@ -170,11 +170,13 @@ def keys_of(each: Arrangement, exact: Arrangement, requests: list, common: dict)
     common   of model, device, dtype and versions
     """
     own = each.plan == exact.plan and not each.rounded
+    artifacts = [found.digest() for found in (each.resolved.calibration, each.resolved.scales) if found]
     references = [None] * len(requests) if own else keys_of(exact, exact, requests, common)
     return [
         key_of(
             plan=each.plan.model_dump(mode="json"),
             rounded=each.rounded,
+            artifacts=artifacts,
             request=asdict(request),
             reference=reference,
             **common,

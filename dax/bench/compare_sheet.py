@@ -36,13 +36,16 @@ def sheet(comparison: Comparison, clips: dict[str, list], prompt: int):
 
 
 def figures(variant: Variant, comparison: Comparison, prompt: int) -> list[str]:
-    """What stands beside a row, three lines of it."""
+    """What stands beside a row, line by line; decibels are PSNR."""
     forwards = f"{sum(variant.computed.values()):.0f} forwards"
     if variant.role == "reference":
         return [forwards, "the reference"]
-    psnr = variant.cells[prompt].psnr_db
-    lines = [forwards, f"PSNR {decibels(psnr)}", f"mean {decibels(variant.fidelity.psnr_db)}"]
-    return [*lines, f"(noise floor {decibels(comparison.noise.fidelity.psnr_db)})"]
+    return [
+        f"{forwards}, {100 * variant.work:.0f} % of the work",
+        f"this clip {decibels(variant.cells[prompt].psnr_db)}",
+        f"all clips {decibels(variant.fidelity.psnr_db)}",
+        f"noise floor {decibels(comparison.noise.fidelity.psnr_db)}",
+    ]
 
 
 def fitted(words: str, font, room: int) -> str:

@@ -85,8 +85,9 @@ def cluster_of(machine, attention: str, linear: str, node: int = 8) -> Cluster |
 class Prediction:
     """Milliseconds of one layer of one branch, and what that makes of a step against one rank.
 
-    compute   over the topology's ranks;  exchange  all of it, hidden or not;  exposed  the part nothing hides
-    tax       what hiding costs;  layer_ms  compute + exposed + tax
+    compute   over the topology's ranks, copies around the exchange included
+    exchange  all of it, hidden or not;  exposed  the part nothing hides;  tax  what hiding costs
+    layer_ms  compute + exposed + tax
     """
 
     topology: Topology
@@ -116,7 +117,7 @@ def predict(
     branches    forwards per step: 2 with guidance
     """
     u, r, sequence = topology.ulysses, topology.rows, topology.sequence
-    compute = compute_s(facts, tokens, topology, cluster)
+    compute = compute_s(facts, tokens, topology, cluster) + copy_s(facts, tokens, topology, cluster, wire_bytes)
     if sequence == 1:
         q = kv = o = 0.0
         exposed = total = 0.0
@@ -160,6 +161,17 @@ def compute_s(facts: Facts, tokens: int, topology: Topology, cluster: Cluster, o
     linear = S * (12 * C * C + 4 * C * F) / cluster.linear
     cross = 4 * S * facts.text_tokens * C / cluster.cross
     return (attention + linear + cross + cluster.traffic * 2 * S * C / cluster.memory) / topology.sequence
+
+
+def copy_s(facts: Facts, tokens: int, topology: Topology, cluster: Cluster, wire_bytes: int) -> float:
+    """Seconds to pack operands for the exchange and to lay out what arrives; 8-bit operands keep heads first."""
+    u, r, sequence = topology.ulysses, topology.rows, topology.sequence
+    if sequence == 1:
+        return 0.0
+    share = tokens * facts.width / sequence
+    packed = (u > 1) * share + 2 * share * r  # q goes to one row, k and v to all
+    laid_out = ((u > 1) * share + 2 * share * r) if wire_bytes == 1 else 0.0
+    return 2 * (wire_bytes * (packed + laid_out) + 2 * share) / cluster.memory
 
 
 def exchange_s(leaving: float, ranks: int, cluster: Cluster) -> float:

@@ -36,7 +36,7 @@ def to_heads(wire, layout: Layout, x: torch.Tensor, axes: Axes, chunk: int = 0, 
     One copy to pack; what arrives is a view, and is contiguous when tokens come first.
     """
     rank, columns = wire.rank, layout.ulysses
-    if axes.tokens is None:
+    if axes.tokens is None or (axes.query and columns == 1):  # all of it is here already
         start, end = layout.head_chunk(rank % columns, chunk, chunks)
         share = x.narrow(axes.heads, start, end - start)
         return lambda: share
@@ -71,6 +71,9 @@ def to_tokens(wire, layout: Layout, o: torch.Tensor, chunk: int = 0, chunks: int
     At batch 1 nothing is packed: the rows of each rank lie together already.
     """
     rank, columns = wire.rank, layout.ulysses
+    if columns == 1:
+        start, end = layout.head_chunk(0, chunk, chunks)
+        return lambda into: into[:, :, start:end].copy_(o)
     peers, tokens = layout.peers(rank), layout.token_sizes
     B, _, h, D = o.shape
     width = B * D * o.element_size()
