@@ -141,7 +141,9 @@ class Plan(Part):
             check_keys(given, source)
             order.append(source)
             for key, value in given.items():
-                if key in leaves and provenance[key] == source and leaves[key] != value:
+                if is_mapping(key) and isinstance(value, dict):
+                    value = leaves.get(key, {}) | value  # entries of a higher layer come on top
+                elif key in leaves and provenance[key] == source and leaves[key] != value:
                     raise DaxError(
                         "bad_request", f"{source} sets {key} to both {leaves[key]!r} and {value!r}: keep one of them"
                     )
@@ -275,7 +277,19 @@ def flatten(values: Any, source: str, prefix: str = "") -> dict[str, Any]:
                     "bad_request", f"{source} sets {leaf} to both {leaves[leaf]!r} and {leaf_value!r}: keep one of them"
                 )
             leaves[leaf] = leaf_value
-    return leaves
+    return leaves if prefix else entries_of_mappings(leaves)
+
+
+def entries_of_mappings(leaves: dict[str, Any]) -> dict[str, Any]:
+    """{"linear.rules.blocks.0": "none"} -> {"linear.rules": {"blocks.0": "none"}}: names in a mapping may have dots."""
+    found: dict[str, Any] = {}
+    for key, value in leaves.items():
+        mapping = next((known for known in plan_keys() if is_mapping(known) and key.startswith(f"{known}.")), None)
+        if mapping is None:
+            found[key] = value
+        else:
+            found[mapping] = found.get(mapping, {}) | {key.removeprefix(f"{mapping}."): value}
+    return found
 
 
 def check_keys(leaves: dict[str, Any], source: str) -> None:

@@ -148,3 +148,16 @@ def test_the_text_names_what_matters():
     shown = text(ask(sets=["compile=blocks"]))
     for word in ("75600 tokens", "G parameters", "from --set", "40 transformer blocks", "ms at least", "compute"):
         assert word in shown, word
+
+
+def test_8_bit_linears_and_fused_blocks_are_told():
+    exact, balanced = ask(), ask(plan="balanced")
+    assert "linear.scheme = int8: 400 linear layers" in balanced["changes"]
+    assert "blocks.fused = true: 40 transformer blocks" in balanced["changes"]
+    assert 0.5 < balanced["weights_gib"] / exact["weights_gib"] < 0.53
+    dtypes = {part["name"]: part["dtype"] for part in balanced["parts"]}
+    assert dtypes["ffn in"] == dtypes["self q, k, v"] == dtypes["self-attention"] == "int8"
+    assert dtypes["cross-attention"] == dtypes["patch embedding"] == "bf16"
+    assert balanced["video"]["seconds_at_least"] < 0.6 * exact["video"]["seconds_at_least"]
+    with pytest.raises(DaxError, match="'blocks.99' matches no linear layer"):
+        ask(sets=["linear.rules.blocks.99=int8"])

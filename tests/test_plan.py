@@ -85,6 +85,11 @@ def test_rules_are_a_mapping_of_words(plan_file):
     plan = Plan.load(plan_file("linear:\n  scheme: int8\n  rules:\n    blocks.0: none\n    blocks.1.ffn: fp8\n"))
     assert plan.linear.rules == {"blocks.0": "none", "blocks.1.ffn": "fp8"}
     assert plan.linear.schemes == ("int8", "fp8") and plan.linear.active
+    sets = [("--set", parse_set(f"linear.rules.{text}")) for text in ("blocks.0=fp8", "proj_out=none")]
+    merged, _ = Plan.from_layers([("plan", plan.leaves()), *sets])
+    assert merged.linear.rules == {"blocks.0": "fp8", "blocks.1.ffn": "fp8", "proj_out": "none"}
+    with pytest.raises(DaxError, match="rules.*valid string"):
+        Plan.from_layers([("--set", parse_set("linear.rules.blocks.0=3"))])
 
 
 def test_dotted_and_nested_keys_are_equal():

@@ -34,9 +34,7 @@ def build(name: str, portable: bool) -> Backend:
     def attend(operands, num_keys, scale=None):
         return ATTENTION_INT8(*operands, num_keys, portable)
 
-    return Backend(
-        name, stats, prepare, attend, layout=LAYOUT, num_query_operands=2, token_align=TILE
-    )
+    return Backend(name, stats, prepare, attend, layout=LAYOUT, num_query_operands=2, token_align=TILE)
 
 
 def stats(k, v, heads, turn=None):

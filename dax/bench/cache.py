@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
+from dax.bench.prompts import HERE, default_prompts, read_prompts
 from dax.cache.artifact import Artifact
 from dax.cache.calibrate import Effort, calibrate
 from dax.cache.magcache import magcache_mask
@@ -55,7 +56,7 @@ def bench(
     from dax.bench import report
     from dax.facts import FACTS
     from dax.hardware import machine
-    from dax.models.tiny import FOLDER, load_tiny
+    from dax.models.tiny import load_tiny
     from dax.models.wan_steps import checkpoint_digest, time_embeddings
     from dax.optimize import kernels_of, optimize
 
@@ -65,8 +66,7 @@ def bench(
     pipe.set_progress_bar_config(disable=True)
     defaults = FACTS["tiny"].defaults
     steps = steps or defaults.steps
-    read = lambda path: path.read_text(encoding="utf-8").splitlines()
-    seen, unseen = read(FOLDER / "prompts.txt"), read(FOLDER / "prompts_held_out.txt")[:num_test]
+    seen, unseen = read_prompts(HERE / "tiny_trained.txt"), read_prompts(default_prompts("tiny", held_out=True))
     with optimize(pipe, plan, cache={"policy": "none"}) as engine, torch.no_grad():
         setting = Setting(
             steps,
@@ -78,7 +78,7 @@ def bench(
         )
         size = defaults.height, defaults.width, defaults.num_frames
         make = lambda prompts, seed: make_clips(pipe, prompts, size, steps, defaults.guidance_scale, seed)
-        clips, test = make(seen, 0), make(unseen, 1000)
+        clips, test = make(seen, 0), make(unseen[:num_test], 1000)
         pipe.scheduler.set_timesteps(steps)
         moved = changes(time_embeddings(pipe.transformer, pipe.scheduler.timesteps, projected=True))
         half = len(clips) // 2

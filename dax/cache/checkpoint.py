@@ -1,14 +1,14 @@
 """Which checkpoint a calibration belongs to: one small tensor that no plan changes, read from a model or its folder.
 
 The head's modulation table, rounded to bf16 so that every dtype a checkpoint is kept or loaded in gives one digest.
-Fine-tuning moves it; an adapter on other layers does not. Nothing here imports torch.
+Fine-tuning moves it; an adapter on other layers does not. Neither torch
+nor numpy is imported.
 """
 
 import hashlib
 import json
+import struct
 from pathlib import Path
-
-import numpy as np
 
 TENSOR = "scale_shift_table"
 
@@ -27,8 +27,10 @@ def folder_digest(file: Path, num_layers: int) -> str:
         opened.seek(8 + length + start)
         raw = opened.read(stop - start)
     if entry["dtype"] == "F16":
-        raw = np.frombuffer(raw, "<f2").astype("<f4").tobytes()
+        count = len(raw) // 2
+        raw = struct.pack(f"<{count}f", *struct.unpack(f"<{count}e", raw))
     if entry["dtype"] != "BF16":
-        bits = np.frombuffer(raw, "<u4")
-        raw = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()  # to the nearest, ties to even
+        bits = struct.unpack(f"<{len(raw) // 4}I", raw)
+        near = [(b + 0x7FFF + (b >> 16 & 1)) >> 16 for b in bits]  # to the nearest, ties to even
+        raw = struct.pack(f"<{len(near)}H", *near)
     return digest(raw, num_layers)

@@ -8,7 +8,7 @@ import typer
 
 from dax.errors import DaxError, nearest
 
-SUBJECTS = ("start", "linear", "block", "forward", "cache", "step", "video", "parallel", "claims")
+SUBJECTS = ("start", "attention", "linear", "block", "forward", "cache", "step", "video", "parallel", "claims")
 
 
 def command(
@@ -17,6 +17,7 @@ def command(
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
     num_frames: Annotated[int | None, typer.Option(help="frames of the video")] = None,
+    tokens: Annotated[int | None, typer.Option(help="attention: this many, whatever the video")] = None,
     layers: Annotated[
         int | None, typer.Option("--layers", "--num-blocks", help="blocks to build (4 for block, all for forward)")
     ] = None,
@@ -28,6 +29,7 @@ def command(
     warm_up_s: Annotated[float, typer.Option("--warm-up", help="seconds back to back before each visit")] = 5.0,
     timed_s: Annotated[float, typer.Option("--seconds", help="seconds timed per row, over two visits")] = 5.0,
     gpus: Annotated[int, typer.Option(help="parallel: how many")] = 2,
+    vae: Annotated[bool, typer.Option(help="parallel: the decoder, too")] = True,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
@@ -49,6 +51,10 @@ def command(
         from dax.bench.start import COLUMNS, bench
 
         result = bench(model, size, (plan or ["exact"])[0], device, log)
+    elif subject == "attention":
+        from dax.bench.attention import COLUMNS, bench
+
+        result = bench(model, size, rows, warm_up_s, timed_s, device, log, tokens)
     elif subject == "cache":
         from dax.bench.cache import COLUMNS, SHARES, bench
         from dax.cache.calibrate import Effort
@@ -70,7 +76,7 @@ def command(
     elif subject == "parallel":
         from dax.bench.parallel import COLUMNS, bench
 
-        result = bench(model, size, layers, (plan or ["exact"])[0], gpus, warm_up_s, timed_s, device, log)
+        result = bench(model, size, layers, (plan or ["exact"])[0], gpus, warm_up_s, timed_s, device, log, vae=vae)
     else:
         from dax.bench.contest import COLUMNS, bench
 

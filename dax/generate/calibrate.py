@@ -7,6 +7,7 @@ is recorded and searched on, the second half judges and chooses.
 from dataclasses import dataclass
 from pathlib import Path
 
+from dax.bench.prompts import HERE, default_prompts, read_prompts
 from dax.cache.artifact import Artifact
 from dax.cache.calibrate import Effort, calibrate
 from dax.cache.record import make_clips
@@ -19,9 +20,6 @@ from dax.generate.stages import load, set_flow_shift
 from dax.generate.steps import checkpoint_of
 from dax.generate.video import check_target
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
-
-PROMPTS = Path(__file__).parent / "prompts.txt"
-MOST_PROMPTS = 64
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Job:
 def run(job: Job, log=lambda text: None) -> Artifact:
     """Calibrate and write the artifact. Every bad argument is refused before weights load."""
     checked = check_model(job.model)
-    prompts = read_prompts(job, checked.folder)
+    prompts = prompts_of(job)
     request, _ = make_request(checked.facts, {**job.given, "prompt": prompts[0]})
     if request.guidance_scale <= 1:
         raise DaxError("bad_request", f"guidance_scale {request.guidance_scale:g}: calibrate with guidance, above 1")
@@ -81,15 +79,11 @@ def run(job: Job, log=lambda text: None) -> Artifact:
     return found
 
 
-def read_prompts(job: Job, folder: Path) -> list[str]:
-    """One a line: of --prompts, else of the model's folder, else DAX's own. DaxError("bad_request") below two."""
-    own = folder / "prompts.txt"
-    path = Path(job.prompts) if job.prompts else own if own.exists() else PROMPTS
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DaxError("bad_request", f"--prompts {path}: {getattr(error, 'strerror', None) or error}") from None
-    found = [line.strip() for line in lines if line.strip()][: job.num_prompts or MOST_PROMPTS]
+def prompts_of(job: Job) -> list[str]:
+    """Of --prompts, else those that ship with DAX. DaxError("bad_request") for a bad file, or fewer than two."""
+    tiny = job.model in (None, "tiny")
+    path = job.prompts or (HERE / "tiny_trained.txt" if tiny else default_prompts(job.model))
+    found = read_prompts(path)[: job.num_prompts]
     if len(found) < 2:
-        raise DaxError("bad_request", f"--prompts {path}: {len(found)} prompts; at least 2, to record and to judge")
+        raise DaxError("bad_request", f"prompts file {path}: {len(found)} to use; at least 2, to record and to judge")
     return found

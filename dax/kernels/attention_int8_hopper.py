@@ -70,7 +70,8 @@ def attend_rows(
         mbarrier.arrive(tokens.index(NEXT), count=1)
         scale = q_scale * gl.load(KScale + i)
         s = warpgroup_mma_wait(0, deps=(s,))
-        new = gl.maximum(largest, gl.max(s, 1).to(gl.float32) * scale)
+        high = gl.max(s, 1).to(gl.float32) * scale
+        new = gl.maximum(largest, high - gl.abs(high) * 2.0**-22)  # rounded down, so that the largest p is 2^8 or more
         p = gl.exp2(s.to(gl.float32) * scale[:, None] - (new - 8.0)[:, None])
         fade = gl.exp2(largest - new)
         largest = new

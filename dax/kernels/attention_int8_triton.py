@@ -8,31 +8,40 @@ import torch
 
 from dax.kernels.language import tl, triton
 
-CONFIG = {  # compute capability: rows of a program, keys of a step, and what Triton is told
-    80: {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2},
-    90: {"ROWS": 64, "KEYS": 128, "num_warps": 4, "num_stages": 2, "maxnreg": 168},
+# Compute capability: rows of a program, keys of a step, whether tiles are fetched by descriptor, what Triton is told.
+CONFIG = {
+    80: {"ROWS": 64, "KEYS": 64, "DESCRIBED": False, "num_warps": 4, "num_stages": 2},
+    90: {"ROWS": 64, "KEYS": 128, "DESCRIBED": True, "num_warps": 4, "num_stages": 2, "maxnreg": 168},
 }
 
 
 @triton.jit
 def attend_tile(
     q, q_scale, K, KScale, V, largest, total, acc, i, num_keys,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, TAIL: tl.constexpr,
+    k_row, v_row, ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
+    DESCRIBED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax over KEYS keys: its new maximum [ROWS], sum [ROWS] and output [ROWS, D]."""
     key, channel = tl.arange(0, KEYS), tl.arange(0, D)
-    k = tl.load(K + (i * KEYS + key)[:, None] * D + channel[None, :])
+    if DESCRIBED:
+        k = K.load([k_row + i * KEYS, 0])
+    else:
+        k = tl.load(K + (i * KEYS + key)[:, None] * D + channel[None, :])
     s = tl.dot(q, tl.trans(k), out_dtype=tl.int32)
     scale = q_scale * tl.load(KScale + i * KEYS // TILE)
-    new = tl.maximum(largest, tl.max(s, 1).to(tl.float32) * scale)  # of integers: half the instructions
-    p = tl.exp2(s.to(tl.float32) * scale[:, None] - (new - 8.0)[:, None])  # up to 2^8: fp8's range
+    high = tl.max(s, 1).to(tl.float32) * scale  # of integers: half the instructions
+    new = tl.maximum(largest, high - tl.abs(high) * 2.0**-22)  # rounded down, so that the largest p is 2^8 or more
+    p = tl.minimum(tl.exp2(s.to(tl.float32) * scale[:, None] - (new - 8.0)[:, None]), 448.0)  # fp8's range
     if TAIL:
         p = tl.where((i * KEYS + key < num_keys)[None, :], p, 0.0)
     fade = tl.exp2(largest - new)
     total = total * fade + tl.sum(p, 1)
-    first = tl.multiple_of(i * KEYS // TILE * D * TILE + i * KEYS % TILE, 16)
-    v = tl.load(V + first + channel[:, None] * TILE + key[None, :])
-    p = p.to(V.dtype.element_ty).reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
+    if DESCRIBED:
+        v = V.load([v_row + i * KEYS // TILE * D, i * KEYS % TILE])
+    else:
+        first = tl.multiple_of(i * KEYS // TILE * D * TILE + i * KEYS % TILE, 16)
+        v = tl.load(V + first + channel[:, None] * TILE + key[None, :])
+    p = p.to(v.dtype).reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
     acc = acc * fade[:, None] + tl.dot(p, tl.trans(v))  # a fresh sum each step: fp8's accumulator keeps 22 bits
     return new, total, acc
 
@@ -40,15 +49,17 @@ def attend_tile(
 @triton.jit
 def attention_kernel(
     Q, QScale, K, KScale, V, VScale, Out, S, H, num_keys, num_tiles,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(1).to(tl.int64)  # batch and head
     row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     valid = row < S
     q = tl.load(Q + (index * S + row)[:, None] * D + channel[None, :], valid[:, None], 0)
     q_scale = tl.load(QScale + index * S + row, valid, 0.0)
-    K += index * num_tiles * TILE * D
-    V += index * num_tiles * TILE * D
+    k_row, v_row = (index * num_tiles * TILE).to(tl.int32), (index * num_tiles * D).to(tl.int32)
+    if not DESCRIBED:
+        K += index * num_tiles * TILE * D
+        V += index * num_tiles * TILE * D
     KScale += index * num_tiles
     largest = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -56,15 +67,57 @@ def attention_kernel(
     whole = num_keys // KEYS
     for i in range(whole):
         largest, total, acc = attend_tile(
-            q, q_scale, K, KScale, V, largest, total, acc, i, num_keys, ROWS, KEYS, TILE, D, False
+            q,
+            q_scale,
+            K,
+            KScale,
+            V,
+            largest,
+            total,
+            acc,
+            i,
+            num_keys,
+            k_row,
+            v_row,
+            ROWS,
+            KEYS,
+            TILE,
+            D,
+            DESCRIBED,
+            False,
         )
     if whole * KEYS < num_keys:
         largest, total, acc = attend_tile(
-            q, q_scale, K, KScale, V, largest, total, acc, whole, num_keys, ROWS, KEYS, TILE, D, True
+            q,
+            q_scale,
+            K,
+            KScale,
+            V,
+            largest,
+            total,
+            acc,
+            whole,
+            num_keys,
+            k_row,
+            v_row,
+            ROWS,
+            KEYS,
+            TILE,
+            D,
+            DESCRIBED,
+            True,
         )
     o = acc * (1.0 / total)[:, None] * tl.load(VScale + index * D + channel)[None, :]
     out = Out + ((index // H * S + row) * H + index % H)[:, None] * D + channel[None, :]
     tl.store(out, o.to(Out.dtype.element_ty), valid[:, None])
+
+
+def described(x, rows: int):
+    """x as rows of its last dimension, fetched `rows` at a time by the copy engine; at most 128 columns at once."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    columns = x.shape[-1]
+    return TensorDescriptor.from_tensor(x.view(-1, columns), [rows, min(columns, 128)])
 
 
 def launch(q, q_scale, k, k_scale, v, v_scale, num_keys: int, sm: int) -> torch.Tensor:
@@ -73,6 +126,8 @@ def launch(q, q_scale, k, k_scale, v, v_scale, num_keys: int, sm: int) -> torch.
     _, _, num_tiles, TILE, _ = k.shape
     out = torch.empty(B, S, H, D, device=q.device, dtype=torch.bfloat16)
     config = CONFIG[max(known for known in CONFIG if known <= sm)]
+    if config["DESCRIBED"]:
+        k, v = described(k, config["KEYS"]), described(v, D)
     with torch.cuda.device_of(q):
         attention_kernel[triton.cdiv(S, config["ROWS"]), B * H](
             q, q_scale, k, k_scale, v, v_scale, out, S, H, num_keys, num_tiles,

@@ -35,7 +35,8 @@ def launch(y: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor) -> torch
     out = torch.empty(residual.shape, device=residual.device, dtype=residual.dtype)
     gate = gate.float().contiguous()
     stride = C if len(gate) > 1 else 0
-    gate_kernel[(B * S,)](y.contiguous(), gate, residual.contiguous(), out, S, stride, **row_meta(C))
+    with torch.cuda.device_of(y):
+        gate_kernel[(B * S,)](y.contiguous(), gate, residual.contiguous(), out, S, stride, **row_meta(C))
     return out
 
 

@@ -27,10 +27,12 @@ try:
         warpgroup_mma_wait,
     )
 
-    load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.7
+    load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names in Triton 3.6
+    store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 except (ImportError, AttributeError):  # Gluon is experimental: a Triton may lack it, or some of it
     gluon = gl = Absent
-    fence_async_shared = load_tile = mbarrier = tma = warpgroup_mma = warpgroup_mma_init = warpgroup_mma_wait = None
+    fence_async_shared = load_tile = store_tile = mbarrier = tma = None
+    warpgroup_mma = warpgroup_mma_init = warpgroup_mma_wait = None
 
 __all__ = [
     "Absent",
@@ -39,6 +41,7 @@ __all__ = [
     "gluon",
     "load_tile",
     "mbarrier",
+    "store_tile",
     "tl",
     "tma",
     "triton",

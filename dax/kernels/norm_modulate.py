@@ -86,19 +86,9 @@ def start(x, weight, bias, eps, out, scale, static_scale) -> None:
     B, S, C = x.shape
     weight, bias = (v.float().contiguous() for v in (weight, bias))
     stride = C if len(weight) > 1 else 0
-    norm_kernel[(B * S,)](
-        x.contiguous(),
-        weight,
-        bias,
-        out,
-        scale,
-        static_scale,
-        S,
-        stride,
-        eps,
-        LARGEST=LARGEST.get(out.dtype, 0.0),
-        **row_meta(C),
-    )
+    static = {"LARGEST": LARGEST.get(out.dtype, 0.0)} | row_meta(C)
+    with torch.cuda.device_of(x):
+        norm_kernel[(B * S,)](x.contiguous(), weight, bias, out, scale, static_scale, S, stride, eps, **static)
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:

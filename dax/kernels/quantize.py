@@ -41,8 +41,9 @@ def to_codes(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (x.round() if dtype == torch.int8 else x).to(dtype)
 
 
-def decoded(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def decoded(outputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """What codes and their rows' scales stand for, in fp32."""
+    codes, scale = outputs
     return codes.float() * scale[..., None]
 
 
@@ -111,7 +112,8 @@ def launch(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = Non
     codes = torch.empty(x.shape, device=x.device, dtype=dtype)
     row_scale = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
     rows = (row_scale.numel(),)
-    quantize_kernel[rows](x, codes, row_scale, scale, LARGEST=LARGEST[dtype], **row_meta(x.shape[-1]))
+    with torch.cuda.device_of(x):
+        quantize_kernel[rows](x, codes, row_scale, scale, LARGEST=LARGEST[dtype], **row_meta(x.shape[-1]))
     return codes, row_scale
 
 

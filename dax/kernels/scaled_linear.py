@@ -132,10 +132,17 @@ TILE = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages"
 
 def start(x, x_scale, weight, weight_scale, bias, residual, out_scale, out, gelu) -> None:
     """Write `out` [M, N]; everything two-dimensional, scales and bias fp32."""
-    if torch.cuda.get_device_capability(x.device)[0] == 9 and out.element_size() < 4:
-        from dax.kernels.scaled_linear_hopper import start as hopper
+    operands = x, x_scale, weight, weight_scale, bias, residual, out_scale, out
+    with torch.cuda.device_of(x):
+        if torch.cuda.get_device_capability(x.device)[0] == 9 and out.element_size() < 4:
+            from dax.kernels.scaled_linear_hopper import start as start_hopper
 
-        return hopper(x, x_scale, weight, weight_scale, bias, residual, out_scale, out, gelu)
+            start_hopper(*operands, gelu)
+        else:
+            start_portable(*operands, gelu)
+
+
+def start_portable(x, x_scale, weight, weight_scale, bias, residual, out_scale, out, gelu) -> None:
     (M, K), N = x.shape, len(weight)
     grid = (triton.cdiv(M, TILE["BM"]) * triton.cdiv(N, TILE["BN"]),)
     meta = {"GELU": gelu, "LARGEST": LARGEST.get(out.dtype, 0.0), "INTEGER": out.dtype == torch.int8}

@@ -14,7 +14,9 @@ from dax.kernels.language import (
     fence_async_shared,
     gl,
     gluon,
+    load_tile,
     mbarrier,
+    store_tile,
     tma,
     warpgroup_mma,
     warpgroup_mma_init,
@@ -76,7 +78,7 @@ def consumer(buffers, operands, WG: gl.constexpr, GELU: gl.constexpr, RESIDUAL: 
         if RESIDUAL:
             tma.store_wait(0)
             mbarrier.expect(ready.index(WG), BM * BN * 2)
-            tma.async_copy_global_to_shared(ResidualTiles, [row0, column0], ready.index(WG), outs.index(WG))
+            load_tile(ResidualTiles, [row0, column0], ready.index(WG), outs.index(WG))
         for step in range(done + warm, done + steps):
             acc = accumulate(xs, ws, full, empty, acc, step, WG)
         product = warpgroup_mma_wait(0, deps=(acc,))
@@ -92,7 +94,7 @@ def consumer(buffers, operands, WG: gl.constexpr, GELU: gl.constexpr, RESIDUAL: 
         finish(left, 0, out, column0, x_scale, WScale, Bias, OutScale, N, GELU, RESIDUAL, LARGEST, half)
         finish(right, HALF, out, column0, x_scale, WScale, Bias, OutScale, N, GELU, RESIDUAL, LARGEST, half)
         fence_async_shared()
-        tma.async_copy_shared_to_global(OutTiles, [row0, column0], out)
+        store_tile(OutTiles, [row0, column0], out)
         turn += 1
     tma.store_wait(0)
 
@@ -154,8 +156,8 @@ def producer(XTiles, WTiles, xs, ws, full, empty, M, N, K, blocks):
             stage = done % STAGES
             mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(stage), (2 * BM + BN) * BK)
-            tma.async_copy_global_to_shared(XTiles, [i * 2 * BM, k * BK], full.index(stage), xs.index(stage))
-            tma.async_copy_global_to_shared(WTiles, [j * BN, k * BK], full.index(stage), ws.index(stage))
+            load_tile(XTiles, [i * 2 * BM, k * BK], full.index(stage), xs.index(stage))
+            load_tile(WTiles, [j * BN, k * BK], full.index(stage), ws.index(stage))
             done += 1
 
 

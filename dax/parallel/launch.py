@@ -6,7 +6,9 @@ survives its parent, and the first failure ends them all.
 
 import ctypes
 import json
+import logging
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -21,6 +23,7 @@ from dax.parallel.board import COUNT, PATH, Board
 
 PR_SET_PDEATHSIG = 1
 ECHO_S = 0.5
+FOLDER = "dax-ranks-"
 
 
 def run_ranks(task: Callable, args: tuple, count: int):
@@ -34,7 +37,8 @@ def run_ranks(task: Callable, args: tuple, count: int):
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with tempfile.TemporaryDirectory(prefix="dax-ranks-") as folder, quiet_agent():
+    clear_up()
+    with tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-") as folder, quiet_agent():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -64,18 +68,23 @@ def run_ranks(task: Callable, args: tuple, count: int):
                 signal.signal(number, handler)
 
 
+def clear_up() -> None:
+    """Remove what runs left whose parent was killed: their folders carry its process id."""
+    for path in Path(tempfile.gettempdir()).glob(f"{FOLDER}*-*"):
+        pid = path.name.removeprefix(FOLDER).partition("-")[0]
+        if pid.isdigit() and not process_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
 def quiet_agent():
     """What the agent logs of a failure, our one line says better."""
-    import logging
-
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)
 
 
 def worker(task: Callable, args: tuple, folder: str, count: int):
@@ -154,12 +163,16 @@ def failure(failures: dict, board: Board, verdict: tuple[int, str] | None, folde
 
 def alive(entry) -> bool:
     """Whether the process of a board's entry is there; one that has not begun counts as such."""
-    if entry is None or entry.stage == "done":
-        return True
+    return entry is None or entry.stage == "done" or process_exists(entry.pid)
+
+
+def process_exists(pid: int) -> bool:
     try:
-        os.kill(entry.pid, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    except PermissionError:  # somebody else's
+        return True
     return True
 
 

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from unittest import mock
 
 import psutil
@@ -11,7 +13,7 @@ import pytest
 from dax.errors import DaxError
 from dax.parallel.board import Board
 from dax.parallel.join import agree, check_gpus, place
-from dax.parallel.launch import failure, run_ranks, write_cause
+from dax.parallel.launch import FOLDER, clear_up, failure, run_ranks, write_cause
 from tests.parallel import runs
 
 BUDGET_S = 5.0  # from the fault to the line, the promise of the contract
@@ -47,6 +49,9 @@ def test_two_runs_at_once_and_no_rank_outlives_its_parent(tmp_path):
     other.wait()
     _, left = psutil.wait_procs(ranks, timeout=BUDGET_S)
     assert left == []
+    behind = list(Path(tempfile.gettempdir()).glob(f"{FOLDER}{other.pid}-*"))
+    clear_up()
+    assert behind and not any(folder.exists() for folder in behind)
 
 
 @pytest.mark.fault(46)

@@ -1,0 +1,151 @@
+"""What kernels can show without a GPU; each part runs in a process of its own, since Triton keeps one driver.
+
+    python -m tests.kernels.offline compile    every kernel that the ops' cases launch, for sm_90a, as ptxas sees it
+    python -m tests.kernels.offline interpret  the Triton kernels, run by Triton's interpreter
+Prints one JSON object a line.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+
+LAUNCH_SEVERAL_KERNELS = ("attention_int8", "scaled_linear", "scaled_linear_quantize")
+INEXACT_IN_THE_INTERPRETER = ("float8_e4m3fn", "float8_e5m2")  # its casts neither round nor saturate as GPUs do
+
+
+def load_ops() -> dict:
+    import dax.kernels
+    from dax.kernels.op import OPS
+
+    for module in pkgutil.iter_modules(dax.kernels.__path__):
+        importlib.import_module(f"dax.kernels.{module.name}")
+    return OPS
+
+
+def arguments(op, case, device="cpu"):
+    import torch
+
+    return op.cases[case](torch.Generator(device).manual_seed(0), device)
+
+
+def compile_all() -> None:
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.runtime.jit import JITFunction
+
+    class NoDriver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device=None: 0)
+        get_active_torch_device = staticmethod(lambda: torch.device("meta"))
+
+    triton.runtime.driver.set_active(NoDriver())
+    torch.cuda.device_of = lambda x: contextlib.nullcontext()
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.get_device_properties = lambda device=None: type("Properties", (), {"multi_processor_count": 132})
+    seen = {}
+
+    def compile_only(self, *args, grid, warmup=False, right=JITFunction.run, **options):
+        kernel = right(self, *args, grid=grid, warmup=True, **options)
+        seen[kernel.hash] = (self.fn.__name__, kernel)
+        return kernel
+
+    JITFunction.run = compile_only
+    for name, op in load_ops().items():
+        cases = list(op.cases)
+        for case in cases if name in LAUNCH_SEVERAL_KERNELS else dict.fromkeys((cases[0], cases[1], cases[-1])):
+            before = set(seen)
+            given = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments(op, case)]
+            try:
+                op.launch(*given)
+            except Exception as error:
+                said = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+                print(json.dumps({"op": name, "case": case, "failed": said}), flush=True)
+            for key in set(seen) - before:
+                kernel_name, kernel = seen[key]
+                said = assemble(kernel.asm["ptx"], get_ptxas(90).path)
+                spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
+                serial = re.findall(r".*C75(?:10|12|15).*", said)
+                print(json.dumps({"op": name, "case": case, "kernel": kernel_name, "spilled": spilled,
+                                  "serialized": serial, "assembled": "Used" in said}), flush=True)  # fmt: skip
+
+
+def assemble(ptx: str, ptxas: str) -> str:
+    """What ptxas says of the code: registers, spills, warnings."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    torch.cuda.device_of = lambda x: contextlib.nullcontext()
+    torch.cuda.get_device_capability = lambda device=None: (8, 0)
+    for name, op in load_ops().items():
+        for case in op.cases:
+            given = arguments(op, case)
+            wanted = op.reference(*given)
+            tensors = [x for x in (*given, *listed(wanted)) if isinstance(x, torch.Tensor)]
+            kinds = {str(x.dtype).removeprefix("torch.") for x in tensors}
+            if kinds & set(INEXACT_IN_THE_INTERPRETER):
+                continue
+            with poisoned():
+                got = op.launch(*given)
+            print(json.dumps({"op": name, "case": case, **errors(op, given, got, wanted)}), flush=True)
+
+
+def listed(outputs) -> tuple:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def errors(op, given, got, wanted) -> dict:
+    """Relative distance of the kernel's and of the reference's outputs from exact ones, and whether they look alike."""
+    import torch
+
+    exactly = op.exact or op.reference
+    exact = exactly(*(x.float() if half(x) and not op.exact else x for x in given))
+    decode = op.decode or (lambda outputs: torch.cat([x.float().flatten() for x in listed(outputs)]))
+    exact, got_, wanted_ = (decode(x) if x is not exact or not op.exact else x for x in (exact, got, wanted))
+    alike = all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(listed(got), listed(wanted)))
+    return {"kernel": relative(got_, exact), "reference": relative(wanted_, exact), "alike": alike}
+
+
+def half(x) -> bool:
+    import torch
+
+    return isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def relative(x, exact) -> float:
+    x, exact = x.double().flatten(), exact.double().flatten()
+    return ((x - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Fresh memory is full of NaN meanwhile, so that what a kernel does not write shows."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+if __name__ == "__main__":
+    {"compile": compile_all, "interpret": interpret}[sys.argv[1]]()

@@ -1,0 +1,121 @@
+"""Every registered operation and case: on a GPU against exact numbers; without one, interpreted, compiled, traced."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dax.errors import DaxError
+from dax.kernels import attention_int8 as attention
+from tests.kernels.offline import arguments, errors, listed, load_ops, poisoned
+
+OPS = load_ops()
+CASES = [pytest.param(name, case, id=f"{name}: {case}") for name, op in OPS.items() for case in op.cases]
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+SPILLS = {  # bytes that ptxas is known to spill, by the Triton that wrote the code
+    "scaled_linear": 32, "attention_int8": {"3.8": 64, "3.9": 600},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """rows(what): the objects that `tests.kernels.offline what` prints, run once."""
+    done = {}
+
+    def rows(what):
+        if what not in done:
+            cache = os.environ.get("TRITON_CACHE_DIR") or str(tmp_path_factory.mktemp("triton"))
+            run = subprocess.run(
+                [sys.executable, "-m", "tests.kernels.offline", what],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "TRITON_CACHE_DIR": cache},
+            )
+            assert run.returncode == 0, run.stderr[-3000:]
+            done[what] = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+        return done[what]
+
+    return rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_on_a_gpu(name, case):
+    op = OPS[name]
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor < op.min_sm:
+        pytest.skip(f"needs compute capability {op.min_sm / 10}")
+    given = arguments(op, case, "cuda")
+    with poisoned():
+        got = op(*given)
+    found = errors(op, given, got, op.reference(*given))
+    assert found["alike"] and found["kernel"] <= 2 * found["reference"] + 1e-6, found
+
+
+@NEEDS_TRITON
+def test_interpreted(offline):
+    """The interpreter cuts bf16 off instead of rounding, which costs up to 2^-8 of the result."""
+    rows = offline("interpret")
+    assert {row["op"] for row in rows} >= {"qk_norm_rope", "q_quantize", "k_quantize", "v_quantize", "attention_int8"}
+    for row in rows:
+        assert row["alike"] and row["kernel"] <= 2 * row["reference"] + 2**-9, row
+
+
+@NEEDS_TRITON
+def test_compiled_for_hopper(offline):
+    """No spilled registers and no serialized tensor cores, as ptxas tells them."""
+    import triton
+
+    rows = offline("compile")
+    assert {row["op"] for row in rows} >= set(OPS) - {"scaled_linear", "scaled_linear_quantize"}
+    for row in rows:
+        allowed = SPILLS.get(row["op"], 0)
+        if isinstance(allowed, dict):
+            allowed = allowed.get(triton.__version__[:3], 0)
+        assert "failed" not in row and row["assembled"] and row["spilled"] <= allowed and not row["serialized"], row
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_traced(name, case):
+    """The shapes and dtypes that torch.compile is told are those of the reference."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    op = OPS[name]
+    given = arguments(op, case)
+    with FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in given))
+    for told, real in zip(listed(fake), listed(op(*given)), strict=True):
+        assert told.shape == real.shape and told.dtype == real.dtype
+
+
+def operands(B=1, S=70, N=130, H=2, D=64, **changes):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, n, H, D, generator=generator) for n in (S, N, N))
+    names = ("q", "q_scale", "k", "k_scale", "v", "v_scale", "num_keys")
+    given = dict(zip(names, attention.arguments_of(q, k, v, torch.float8_e4m3fn)))
+    return {**given, **{name: change(given[name]) for name, change in changes.items()}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q": lambda q: q[0]},
+        {"q": lambda q: q[..., :32]},
+        {"q_scale": lambda x: x[..., :-1]},
+        {"k": lambda k: k[:, :, :1]},
+        {"k": lambda k: k.float()},
+        {"v": lambda v: v.transpose(-1, -2)},
+        {"v_scale": lambda x: x.bfloat16()},
+        {"v": lambda v: v.to("meta")},
+        {"num_keys": lambda n: n + 200},
+        {"num_keys": lambda n: 0},
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(changes):
+    with pytest.raises(DaxError, match="attention_int8 of") as caught:
+        attention.ATTENTION_INT8(**operands(**changes))
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
