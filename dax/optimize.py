@@ -153,7 +153,7 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
 
     edits = Edits()
     try:
-        changes = apply(resolved, target, here, dtype, edits)
+        changes, resolved = apply(resolved, target, here, dtype, edits, measure=wanted.parallel.overlap == "auto")
         gate = gate_of(resolved, target, checkpoint, edits)
     except BaseException as error:
         if edits.sealed:
@@ -179,8 +179,13 @@ def without_fused_blocks(resolved: Resolved, problem: str | None, strict: bool) 
     )
 
 
-def apply(resolved: Resolved, target, machine: Machine, dtype: str, edits: Edits) -> "list[Change]":
-    """Change the model as a resolved plan says, in this order; every change is in `edits`, counted and checked."""
+def apply(
+    resolved: Resolved, target, machine: Machine, dtype: str, edits: Edits, measure: bool = False
+) -> "tuple[list[Change], Resolved]":
+    """Change the model as a resolved plan says, in this order; every change is in `edits`, counted and checked.
+
+    measure   let ranks time whether hiding their exchange pays here; the plan that comes back says what was found
+    """
     from dax.compile import apply_compile
     from dax.models.text_memory import remember_text
     from dax.models.wan import WanProcessor
@@ -206,15 +211,18 @@ def apply(resolved: Resolved, target, machine: Machine, dtype: str, edits: Edits
     if num_ranks() > 1:
         from dax.parallel.apply import apply_parallel
 
-        plain = attention.backend_of("sdpa")
-
-        changes += [Change(*change) for change in apply_parallel(target, plan.parallel, machine.device, plain, edits)]
+        parts, parallel, said = apply_parallel(
+            target, plan.parallel, machine.device, attention.backend_of("sdpa"), attention.Turn(), measure, edits
+        )
+        changes += [Change(*part) for part in parts]
+        plan = plan.model_copy(update={"parallel": parallel})
+        resolved = replace(resolved, plan=plan, notes=resolved.notes + ((said,) if said else ()))
     if plan.compile == "blocks":
         count = apply_compile(target.blocks(), edits, overlap=plan.parallel.overlap != 0)
         changes.append(Change("compile", "blocks", "transformer blocks", count, total))
     for change in changes:
         change.check()
-    return changes
+    return changes, resolved
 
 
 def checkpoint_of(transformer) -> str:

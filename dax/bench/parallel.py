@@ -130,7 +130,8 @@ def arranged(transformer, plan, parallel: dict | None):
     import dax
 
     pipe = pipeline(rivals.twin(transformer))
-    return pipe, dax.optimize(pipe, plan, **({} if parallel is None else {"parallel": parallel}))
+    overrides = {"linear": {"keep_original": "none"}} | ({} if parallel is None else {"parallel": parallel})
+    return pipe, dax.optimize(pipe, plan, **overrides)  # nothing is undone, and the twins share their originals
 
 
 def pipeline(transformer, vae=None):

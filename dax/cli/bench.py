@@ -29,6 +29,7 @@ def command(
     warm_up_s: Annotated[float, typer.Option("--warm-up", help="seconds back to back before each visit")] = 5.0,
     timed_s: Annotated[float, typer.Option("--seconds", help="seconds timed per row, over two visits")] = 5.0,
     gpus: Annotated[int, typer.Option(help="parallel: how many")] = 2,
+    vae: Annotated[bool, typer.Option(help="parallel: the decoder, too")] = True,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
@@ -75,7 +76,7 @@ def command(
     elif subject == "parallel":
         from dax.bench.parallel import COLUMNS, bench
 
-        result = bench(model, size, layers, (plan or ["exact"])[0], gpus, warm_up_s, timed_s, device, log)
+        result = bench(model, size, layers, (plan or ["exact"])[0], gpus, warm_up_s, timed_s, device, log, vae=vae)
     else:
         from dax.bench.contest import COLUMNS, bench
 

@@ -91,7 +91,8 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
     dtype_name = str(dtype).removeprefix("torch.")
     asked, shares = parallel_plan(asked, request, facts, count, job.strict, remarks)
     resolved = resolve(asked, facts, here, job.strict, dtype_name, checkpoint, shares)  # before loading
-    asked = asked.model_copy(update={"parallel": resolved.plan.parallel})
+    decided = resolved.plan.parallel.model_copy(update={"overlap": asked.parallel.overlap})  # it is timed where it runs
+    asked = asked.model_copy(update={"parallel": decided})
     schedule(resolved.plan.cache, resolved.calibration, facts, request, checkpoint)  # refuses, too
     measured = read_measured(job.plan) if job.plan else None
     elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []

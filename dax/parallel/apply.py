@@ -3,6 +3,7 @@
 from functools import partial
 
 from dax.parallel import mesh as meshes
+from dax.parallel.admit import admitted
 from dax.parallel.cfg import Guidance, apply_guidance
 from dax.parallel.sequence import Sequence, apply_sequence
 from dax.parallel.topology import Topology
@@ -10,16 +11,19 @@ from dax.parallel.ulysses import shared
 from dax.parallel.vae import apply_vae
 
 
-def apply_parallel(target, parallel, device: str, plain, edits) -> list[tuple[str, str, str, int, int]]:
-    """Share the work of `target` out over all ranks; collective. Returns (key, value, what, count, total) of each part.
+def apply_parallel(target, parallel, device: str, plain, turn, measure: bool, edits):
+    """Share the work of `target` out over all ranks; collective.
+
+    Returns ([(key, value, what, count, total) of each part], the plan's part, what measuring it said or None).
 
     target     .pipe, .transformers, .facts, .blocks(), .attentions(cross)
     parallel   the plan's part, every key decided
-    plain      the backend whose operands are q, k, v themselves
+    plain      the backend whose operands are q, k, v themselves;  turn  one that leaves them as they are
+    measure    on GPUs, time whether the head chunks pay here, and do without them if they do not
     """
     topology = Topology(parallel.cfg, parallel.ulysses, parallel.rows)
     mesh = meshes.build(topology, device)
-    changes = []
+    changes, said = [], None
     for transformer in target.transformers:
         if topology.sequence > 1:
             inside = set(transformer.modules())
@@ -27,10 +31,19 @@ def apply_parallel(target, parallel, device: str, plain, edits) -> list[tuple[st
             align = max(layer.processor.backend.token_align for layer in layers)
             sequence = Sequence(mesh.sequence, target.facts.num_heads, topology.ulysses, topology.rows, align)
             blocks = apply_sequence(transformer, sequence, edits)
+            own = layers[0].processor.backend
+            travel = plain if parallel.wire == "plain" and own.layout != plain.layout else None
+            if measure and parallel.overlap > 0 and device == "cuda" and said is None:
+                facts, planned = target.facts, parallel.overlap
+                size = facts.defaults
+                tokens = facts.tokens(size.height, size.width, size.num_frames)
+                chunks, *times = admitted(own, sequence, tokens, planned, facts.head_dim, turn, device, travel)
+                parallel = parallel.model_copy(update={"overlap": chunks})
+                said = "parallel.overlap: auto is {}; one attention takes {:.2f} ms serial, {:.2f} in {} chunks".format(
+                    chunks, *times, planned
+                )
             for layer in layers:
-                backend = layer.processor.backend
-                travel = plain if parallel.wire == "plain" and backend.layout != plain.layout else None
-                backend = shared(backend, sequence, parallel.overlap, travel)
+                backend = shared(layer.processor.backend, sequence, parallel.overlap, travel)
                 edits.set_attribute(layer, "processor", layer.processor.around(backend))
             value = f"{topology.ulysses} x rows {topology.rows}"
             changes.append(("parallel.ulysses", value, "self-attention layers", len(layers), blocks))
@@ -40,4 +53,4 @@ def apply_parallel(target, parallel, device: str, plain, edits) -> list[tuple[st
     if parallel.vae == "split" and getattr(target.pipe, "vae", None) is not None:
         count = apply_vae(target.pipe.vae, mesh.world, edits)
         changes.append(("parallel.vae", "split", "layers of the VAE's decoder that look sideways", count, count))
-    return changes
+    return changes, parallel, said

@@ -14,7 +14,7 @@ from dax.parallel.topology import Layout, Topology, complete
 
 TILE = 128  # keys that share a scale: their means are what 8-bit attention must know of all tokens
 DEGREES = ("cfg", "ulysses", "rows")
-CHUNKS = (1, 2, 3, 4, 5, 6, 8)  # head chunks worth a thought
+CHUNKS = (1, 2, 3, 4, 5)  # head chunks worth a thought: more gain little, and leave a wave of blocks half empty each
 
 
 @dataclass(frozen=True)
@@ -116,32 +116,8 @@ def predict(
     wire_bytes  per element of q, k and v on the wire; the output always has 2
     branches    forwards per step: 2 with guidance
     """
-    u, r, sequence = topology.ulysses, topology.rows, topology.sequence
     compute = compute_s(facts, tokens, topology, cluster) + copy_s(facts, tokens, topology, cluster, wire_bytes)
-    if sequence == 1:
-        q = kv = o = 0.0
-        exposed = total = 0.0
-    else:
-        share = tokens * facts.width / sequence  # elements of q, k, v or o on one rank
-        chunk = max(chunks, 1)
-
-        def seconds(elements: float, ranks: int, size: int, parts: int) -> float:
-            return exchange_s(elements * size / parts, ranks, cluster)
-
-        q_share, kv_share = share * (1 - 1 / u), share * (r - 1 / u)
-        q = seconds(q_share, u, wire_bytes, chunk)
-        kv = seconds(kv_share, sequence, wire_bytes, chunk)
-        o = seconds(q_share, u, 2, chunk)
-        total = chunk * (q + 2 * kv + o)
-        stats = exchange_s(4 * share / TILE * (sequence - 1), sequence, cluster) if wire_bytes == 1 else 0.0
-        if chunks == 0:
-            exposed = total
-        else:
-            # the first chunk's operands and the last one's output are seen; attention hides what it can of the rest
-            attending = compute_s(facts, tokens, topology, cluster, only_attention=True)
-            middle = (chunk - 1) * (q + 2 * kv + o)
-            exposed = q + 2 * kv + o + max(0.0, middle - attending * (chunk - 1) / chunk)
-        total, exposed = total + stats, exposed + stats
+    total, exposed = exchanges_s(facts, tokens, topology, cluster, chunks, wire_bytes)
     tax = cluster.tax * (total - exposed)
     layer = compute + exposed + tax
     rounds = ceil(branches / topology.cfg)
@@ -149,6 +125,34 @@ def predict(
     latents = exchange_s(4 * facts.out_channels * tokens * 4, 2, cluster) if topology.cfg > 1 else 0.0
     speedup = branches * facts.num_layers * alone / (rounds * facts.num_layers * layer + latents)
     return Prediction(topology, chunks, 1e3 * compute, 1e3 * total, 1e3 * exposed, 1e3 * tax, speedup)
+
+
+def exchanges_s(
+    facts: Facts, tokens: int, topology: Topology, cluster: Cluster, chunks: int, wire_bytes: int
+) -> tuple[float, float]:
+    """(seconds of a layer's exchanges, seconds of them that nothing hides)."""
+    u, r, sequence = topology.ulysses, topology.rows, topology.sequence
+    if sequence == 1:
+        return 0.0, 0.0
+    share, chunk = tokens * facts.width / sequence, max(chunks, 1)  # elements of q, k, v or o on one rank
+    q, kv = share * (1 - 1 / u), share * (r - 1 / u)
+
+    def seconds(elements: float, ranks: int, size: int) -> float:
+        return exchange_s(elements * size / chunk, ranks, cluster)
+
+    if wire_bytes == 1:  # in one message, after the tiles' means in another
+        inputs = seconds(q + 2 * kv, sequence, 1)
+        stats = exchange_s(4 * share / TILE * (sequence - 1), sequence, cluster)
+    else:
+        inputs, stats = seconds(q, u, 2) + 2 * seconds(kv, sequence, 2), 0.0
+    output = seconds(q, u, 2)
+    total = chunk * (inputs + output)
+    if chunks == 0:
+        return stats + total, stats + total
+    # the first chunk's operands and the last one's output are seen; attention hides what it can of the rest
+    attending = compute_s(facts, tokens, topology, cluster, only_attention=True) * (chunk - 1) / chunk
+    middle = (chunk - 1) * (inputs + output)
+    return stats + total, stats + inputs + output + max(0.0, middle - attending)
 
 
 def compute_s(facts: Facts, tokens: int, topology: Topology, cluster: Cluster, only_attention: bool = False) -> float:

@@ -1,6 +1,6 @@
 """Attention over all tokens, when each rank holds a share of them: tokens -> heads, attend, heads -> tokens.
 
-Each tensor goes in one all-to-all with static split sizes. Heads go in chunks, so that the attention of one chunk hides
+Operands go in all-to-alls with static split sizes. Heads go in chunks, so that the attention of one chunk hides
 the exchange of its neighbours. What travels is what the attention backend's record says; nothing here knows a kernel.
 """
 
@@ -28,37 +28,47 @@ class Axes:
     query: bool = False
 
 
-def to_heads(wire, layout: Layout, x: torch.Tensor, axes: Axes, chunk: int = 0, chunks: int = 1) -> Callable:
-    """Start to exchange this rank's tokens of all heads for all tokens of its column's heads.
+def to_heads(wire, layout: Layout, operands: list, axes: list[Axes], chunk: int = 0, chunks: int = 1) -> Callable:
+    """Start to exchange this rank's tokens of all heads for all tokens of its column's heads, in one all-to-all.
 
-    x        a tensor with this rank's share of the tokens and all heads
-    returns  a function that waits: the tokens of the row (queries) or all tokens (keys), heads of chunk `chunk`
-    One copy to pack; what arrives is a view, and is contiguous when tokens come first.
+    operands  tensors with this rank's share of the tokens and all heads
+    returns   a function that waits and gives them with the tokens of the row (queries) or all tokens (keys), and the
+              heads of chunk `chunk`
+    One copy to pack. What arrives alone is a view; what arrives with others is copied once more, into its own order.
     """
-    rank, columns = wire.rank, layout.ulysses
-    if axes.tokens is None or (axes.query and columns == 1):  # all of it is here already
-        start, end = layout.head_chunk(rank % columns, chunk, chunks)
-        share = x.narrow(axes.heads, start, end - start)
-        return lambda: share
-    x = x.movedim(axes.tokens, 0)
-    heads = axes.heads + (axes.heads < axes.tokens)  # where movedim left them
-    peers = layout.peers(rank)
-    parts = []
-    for other in range(layout.ranks):
-        start, end = layout.head_chunk(other % columns, chunk, chunks)
-        count = end - start if other in peers or not axes.query else 0
-        parts.append(x.narrow(heads, start, count))
-    mine = parts[rank]
-    row = prod(mine.shape[1:]) * x.element_size()
-    rows = [
-        -(-size // axes.per) if source in peers or not axes.query else 0
-        for source, size in enumerate(layout.token_sizes)
-    ]
-    sizes = [part.numel() * x.element_size() for part in parts]
-    handle = wire.issue(pack(parts, sizes), sizes, [count * row for count in rows])
+    rank, columns, peers = wire.rank, layout.ulysses, layout.peers(wire.rank)
+    dtypes = [x.dtype for x in operands]
+    operands = [x.view(torch.uint8) if x.element_size() == 1 else x for x in operands]  # copied as bytes
+    pieces: list[list] = [[] for _ in range(layout.ranks)]  # for each rank, a piece of every operand
+    rows: list[list[int]] = [[] for _ in range(layout.ranks)]  # from each rank, entries along the tokens
+    for x, axis in zip(operands, axes):
+        first = x.movedim(axis.tokens, 0)
+        heads = axis.heads + (axis.heads < axis.tokens)  # where movedim left them
+        for other in range(layout.ranks):
+            start, end = layout.head_chunk(other % columns, chunk, chunks)
+            meets = other in peers or not axis.query
+            pieces[other].append(first.narrow(heads, start, end - start if meets else 0))
+            rows[other].append(-(-layout.token_sizes[other] // axis.per) if meets else 0)
+    mine = pieces[rank]
+    widths = [prod(piece.shape[1:]) * piece.element_size() for piece in mine]
+    sizes = [[piece.numel() * piece.element_size() for piece in each] for each in pieces]
+    coming = [[count * width for count, width in zip(each, widths)] for each in rows]
+    send = pack([piece for each in pieces for piece in each], [size for each in sizes for size in each])
+    handle = wire.issue(send, [sum(each) for each in sizes], [sum(each) for each in coming])
 
-    def arrive():
-        return wire.wait(handle).view(x.dtype).view(sum(rows), *mine.shape[1:]).movedim(0, axes.tokens)
+    def arrive() -> list[torch.Tensor]:
+        received = wire.wait(handle)
+        if len(mine) == 1:
+            entries = sum(each[0] for each in rows)
+            whole = received.view(dtypes[0]).view(entries, *mine[0].shape[1:])
+            return [whole.movedim(0, axes[0].tokens)]
+        parts = iter(received.split([size for each in coming for size in each]))
+        arrived: list[list] = [[] for _ in mine]
+        for source in range(layout.ranks):
+            for i, piece in enumerate(mine):
+                part = next(parts).view(piece.dtype).view(rows[source][i], *piece.shape[1:])
+                arrived[i].append(part.movedim(0, axes[i].tokens))
+        return [torch.cat(found, axis.tokens).view(dtype) for found, axis, dtype in zip(arrived, axes, dtypes)]
 
     return arrive
 
@@ -161,11 +171,32 @@ class Exchange:
         self.done = done
         self.arriving = self.issue(0)
 
-    def issue(self, chunk: int) -> list[Callable]:
-        """Start the exchange of a head chunk of every operand."""
-        return [
-            to_heads(self.wire, self.layout, x, axes, chunk, self.chunks) for x, axes in zip(self.operands, self.axes)
-        ]
+    def issue(self, chunk: int) -> Callable:
+        """Start the exchange of a head chunk of every operand; returns a function that waits for all.
+
+        Operands with tokens first go each alone, since they arrive in place; the others go together, once.
+        """
+        layout, column = self.layout, self.wire.rank % self.layout.ulysses
+        start, end = layout.head_chunk(column, chunk, self.chunks)
+        here, groups = {}, {}
+        for i, (x, axis) in enumerate(zip(self.operands, self.axes)):
+            if axis.tokens is None or (axis.query and layout.ulysses == 1):  # all of it is here already
+                here[i] = x.narrow(axis.heads, start, end - start)
+            else:
+                groups.setdefault(i if axis.tokens < axis.heads else -1, []).append(i)
+        waits = []
+        for members in groups.values():
+            members.sort(key=lambda i: -self.operands[i].element_size())  # every part begins on a boundary of its type
+            chosen = [self.operands[i] for i in members], [self.axes[i] for i in members]
+            waits.append((members, to_heads(self.wire, layout, *chosen, chunk, self.chunks)))
+
+        def arrive() -> tuple:
+            found = dict(here)
+            for members, wait in waits:
+                found |= dict(zip(members, wait()))
+            return tuple(found[i] for i in range(len(self.operands)))
+
+        return arrive
 
     def attend(self, run: Callable) -> torch.Tensor:
         """run(operands) of every chunk: this rank's tokens of all heads, [B, s, H, D]."""
@@ -173,7 +204,7 @@ class Exchange:
         for chunk in range(self.chunks):
             arriving, last = self.arriving, chunk + 1 == self.chunks
             self.arriving = None if last else self.issue(chunk + 1)
-            operands = tuple(wait() for wait in arriving)
+            operands = arriving()
             start, end = layout.head_chunk(wire.rank % layout.ulysses, chunk, self.chunks)
             o = run(operands) if end > start else o[:, :, :0]  # a column with few heads has none in its last chunks
             leaving.append(to_tokens(wire, layout, o, chunk, self.chunks))

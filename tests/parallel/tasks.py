@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from dax.attention.backend import Turn, backend_of
+from dax.parallel.admit import admitted
 from dax.parallel.sequence import Sequence
 from dax.parallel.topology import Layout
 from dax.parallel.ulysses import shared
@@ -54,6 +55,21 @@ def int8(B, S, H, ulysses, rows, chunks, wire="8bit", D=64):
         return 0.0
     whole = attend_with(backend, q, k, v)
     return 0.0 if torch.equal(together, whole) else relative(together.float(), whole.float())
+
+
+def admission(latency_s, exchange_s, attend_s):
+    """What is admitted of 8 head chunks on such a link, when attention takes attend_s."""
+    S, H, D = 64, 16, 16
+    inner = Wire(dist.group.WORLD)
+    leaving = 4 * S * H * D * 4 / inner.ranks * (inner.ranks - 1) / inner.ranks
+    wire = DelayedWire(inner, leaving / exchange_s, latency_s)
+
+    def attend(operands, num_keys, scale):
+        time.sleep(attend_s * operands[0].shape[2] * inner.ranks / H)
+        return operands[0]
+
+    sequence = Sequence(wire, H, inner.ranks, 1)
+    return admitted(replace(backend_of("sdpa"), attend=attend), sequence, S, 8, D, Turn(), "cpu")
 
 
 def gather_of(sizes, dtype, dim):
@@ -206,8 +222,10 @@ def faulty(fault):
     def rope_off_by_one(rope, inputs, tables):
         return tuple(table.roll(1, dims=1) for table in tables) if wrong else tables
 
-    def heads_swapped(wire, layout, x, axes, *chunk):
-        return original(wire, layout, x.flip(axes.heads) if wrong and axes.query else x, axes, *chunk)
+    def heads_swapped(wire, layout, operands, axes, *chunk):
+        if wrong and axes[0].query:
+            operands = [x.flip(axis.heads) for x, axis in zip(operands, axes)]
+        return original(wire, layout, operands, axes, *chunk)
 
     if fault == "rope":
         pipe.transformer.rope.register_forward_hook(rope_off_by_one)
