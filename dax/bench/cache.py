@@ -32,7 +32,7 @@ COLUMNS = {
     "forwards": "forwards",
     "psnr_db": "latent PSNR dB",
     "p10_db": "p10",
-    "tried": "settings",
+    "tried": "masks tried",
     "detail": "which",
     "mask": "mask",
 }
@@ -127,16 +127,19 @@ def contest(pipe, artifact: Artifact, test: Clips, effort: Effort, log: Callable
         add(count, "calibrated", fidelity(pipe, rung.plan, test, reference, effort.batch), 1, rung.predictor, mask)
         for method, settings in (("TeaCache", teacache_settings), ("MagCache", magcache_settings)):
             masks = settings(artifact, count)
-            db, name, best = sweep(pipe, masks, test, reference, effort.batch)
-            add(count, method, db, len(masks), name, best)
+            db, tried, name, best = sweep(pipe, masks, test, reference, effort.batch)
+            add(count, method, db, tried, name, best)
         shorter = run(pipe, replace(test, steps=count), effort.batch)
         add(count, "fewer steps", latent_psnr(shorter, reference), 1, "UniPC")
         add(count, "same steps", on_subset(pipe, test, mask, reference, effort.batch), 1, "UniPC on the subset", mask)
     return rows
 
 
-def sweep(pipe, masks: dict[str, str], test: Clips, reference, batch: int) -> tuple[np.ndarray, str, str]:
-    """(dB of each clip, setting, mask) of the best mask, reusing velocities or, for the finalists, residuals."""
+def sweep(pipe, masks: dict[str, str], test: Clips, reference, batch: int) -> tuple[np.ndarray, int, str, str]:
+    """(dB of each clip, masks run, setting, mask) of the best, reusing velocities or, for the finalists, residuals.
+
+    Settings that give one mask are run once.
+    """
     found, names = {}, {mask: name for name, mask in reversed(masks.items())}
     spread = [list(names)[round(i)] for i in np.linspace(0, len(names) - 1, min(len(names), MOST_MASKS))]
     for mask in spread:
@@ -146,7 +149,7 @@ def sweep(pipe, masks: dict[str, str], test: Clips, reference, batch: int) -> tu
         mask = found[name][1]
         found[f"{name}, residual"] = fidelity(pipe, plan_of(mask, "residual"), test, reference, batch), mask
     best = max(found, key=lambda name: found[name][0].mean())
-    return found[best][0], best, found[best][1]
+    return found[best][0], len(spread), best, found[best][1]
 
 
 def plan_of(mask: str, reuse: str) -> StepPlan:
