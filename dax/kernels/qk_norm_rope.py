@@ -164,7 +164,7 @@ QK_NORM_ROPE = define(
     cases={
         "one token": case(1, 1, 3, 128),
         "63 of a fused projection": case(2, 63, 4, 64, fused=True),
-        "257 without rotation": case(1, 257, 12, 128, rope=False),
+        "257 without rotation": case(1, 257, 6, 128, rope=False),
         "257 without norm": case(2, 257, 2, 128, norm=False),
         "fp32, heads of 32": case(1, 65, 2, 32, dtype=torch.float32),
         "fp16": case(1, 130, 5, 64, dtype=torch.float16),

@@ -254,7 +254,7 @@ Q_QUANTIZE = define(
     cases={
         "one token": q_case(1, 1, 3, 128),
         "63 of a fused projection": q_case(2, 63, 4, 64, fused=True, loud=20.0),
-        "257, finished before": q_case(1, 257, 12, 128, turn=False),
+        "257, finished before": q_case(1, 257, 2, 128, turn=False),
         "130 of five heads": q_case(1, 130, 5, 64, dtype=torch.float16),
     },
     cost=lambda q, heads, scale, *turn: Cost(30 * q.numel(), (q.element_size() + 1) * q.numel(), "fp32"),
