@@ -16,6 +16,7 @@ from dax.plan_file import read_yaml
 
 KEY = "measured"
 WHERE_ONLY = ("parallel", "offload", "compile")  # parts that say where and how a model runs, not what it computes
+KEPT = "linear.keep_original"  # where the replaced weights go
 
 
 class Measured(BaseModel):
@@ -62,7 +63,8 @@ class Measured(BaseModel):
 
 def computes(plan: Plan) -> dict[str, Any]:
     """The keys of a resolved plan that decide what is computed."""
-    return {key: value for key, value in plan.leaves().items() if key.split(".")[0] not in WHERE_ONLY}
+    leaves = plan.leaves().items()
+    return {key: value for key, value in leaves if key.split(".")[0] not in WHERE_ONLY and key != KEPT}
 
 
 def read_measured(name_or_path: "str | Path") -> Measured | None:

@@ -16,14 +16,6 @@ def gaussian(*shapes, seed=0):
     return [torch.randn(*shape, generator=generator) for shape in shapes]
 
 
-NO_TURN = Turn()
-
-
-def operands(q, k, v, turn=NO_TURN):
-    flat = [x.flatten(2) for x in (q, k, v)]
-    return prepare(*flat, q.shape[2], turn, stats(flat[1], flat[2], q.shape[2]))
-
-
 def errors(q, k, v) -> tuple[float, float]:
     """Of 8-bit attention, and of SageAttention2's scheme on the same tensors."""
     sampled = reference(q, k, v)

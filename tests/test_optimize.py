@@ -302,6 +302,7 @@ def test_resolve_decides_every_auto_and_is_pure():
 
 
 @pytest.mark.fault(54)
+@pytest.mark.fault(57)
 def test_resolve_falls_back_by_name():
     plan = Plan.from_layers([("test", {"attention.kernel": "flash", "compile": "blocks"})])[0]
     resolved = resolve(plan, TINY, replace(H200, compiler=None))

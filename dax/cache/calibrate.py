@@ -114,7 +114,9 @@ def calibrate(
     trajectory = Trajectory(recording.sigmas, recording.gram, grown)
     reference = run(pipe, held_out, effort.batch)
     study = Study(pipe, clips, recording, held_out, reference, trajectory, setting, effort)
-    masks = {name: best_masks(trajectory.noisy(noise), kind) for name, (kind, noise) in PREDICTORS.items()}
+    said = notes(trajectory)
+    tried = {name: how for name, how in PREDICTORS.items() if not said or name != "linear"}
+    masks = {name: best_masks(trajectory.noisy(noise), kind) for name, (kind, noise) in tried.items()}
     rungs = []
     for budget in sorted(effort.budgets, reverse=True):
         count = int(budget * clips.steps + 1e-9)
@@ -131,7 +133,7 @@ def calibrate(
         teacache=teacache.fit(moved, recording.changes, replace(setting, kernels=None)),
         magcache=magcache.Ratios(**ratios, flow_shift=setting.flow_shift),
         floor_db=floor_db(recording, floor),
-        notes=tuple(notes(trajectory)),
+        notes=tuple(said),
     )
 
 
@@ -185,11 +187,11 @@ def climb(score: float, mask: str, evaluate: Callable[[str], float], tries: int,
 
 
 def notes(trajectory: Trajectory) -> list[str]:
-    """What a user of the artifact should know."""
+    """What a user of the artifact should know: that the line is not tried, for the noise it would extrapolate."""
     reuse, line = (100 * float(np.median(trajectory.change(kind))) for kind in ("reuse", "linear"))
     if line < reuse:
         return []
     return [
-        f"extrapolation is off: the velocity's noise exceeds its change from step to step (reuse misses by "
+        f"linear extrapolation is off: the velocity's noise exceeds its change from step to step (reuse misses by "
         f"{reuse:.1f} %, the line by {line:.1f} %)"
     ]

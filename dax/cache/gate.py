@@ -210,12 +210,18 @@ class Gate:
         if self.stack is not None:
             self.stack.residuals.clear()
 
+    def progress_bar(self, iterable=None, total=None):
+        """The pipeline's, which spans the loop."""
+        return self.loop(total) if iterable is None else self.vendor_bar(iterable)
+
     @contextmanager
-    def loop(self, *args, **kwargs):
-        """The pipeline's progress bar, which spans the loop: when it closes, the run is over, finished or not."""
+    def loop(self, total: int | None):
+        """When the bar closes the run is over, finished or not."""
         try:
-            with self.vendor_bar(*args, **kwargs) as bar:
+            with self.vendor_bar(total=total) as bar:
                 yield bar
+            if self.run is not None and self.run.step == self.run.plan.steps - 1:  # guidance was switched off meanwhile
+                self.finish()
         finally:
             self.release()
 
@@ -234,7 +240,7 @@ def apply_cache(
     edits.set_attribute(transformer, "forward", gate.forward)
     edits.set_attribute(transformer, "cache_context", gate.cache_context)
     if pipe is not None:
-        gate.vendor_bar = edits.set_attribute(pipe, "progress_bar", gate.loop)
+        gate.vendor_bar = edits.set_attribute(pipe, "progress_bar", gate.progress_bar)
     return gate
 
 

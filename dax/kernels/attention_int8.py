@@ -146,7 +146,7 @@ ATTENTION_INT8 = define(
         "500 to 1361": case(1, 500, 1361, 2, 128),
         "fp16 values": case(1, 130, 300, 2, 64, v_dtype=torch.float16),
         "zeros": case(1, 65, 129, 1, 128, scale=0.0),
-        "hundreds": case(1, 65, 200, 1, 128, v_dtype=torch.float16, scale=100.0),
+        "hundreds": case(1, 65, 200, 1, 64, v_dtype=torch.float16, scale=100.0),
         "portable, 63 in two batches": case(2, 63, 63, 2, 64, portable=True),
         "portable, 500 to 1361": case(1, 500, 1361, 2, 128, portable=True),
     },

@@ -41,8 +41,9 @@ def to_codes(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (x.round() if dtype == torch.int8 else x).to(dtype)
 
 
-def decoded(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def decoded(outputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """What codes and their rows' scales stand for, in fp32."""
+    codes, scale = outputs
     return codes.float() * scale[..., None]
 
 

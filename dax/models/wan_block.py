@@ -171,7 +171,7 @@ def apply_blocks(target, edits: Edits) -> int:
         if "forward" in vars(block):
             raise DaxError(
                 "bad_request",
-                f"blocks.{i}: its forward carries a hook already: enable offloading or caching afterwards",
+                f"blocks.{i}: its forward carries a hook already: enable it later, or set blocks.fused = false",
             )
     for block in target.blocks():
         join(projections(block.attn1), edits)

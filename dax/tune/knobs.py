@@ -10,7 +10,7 @@ from dax.quant.scheme import reason as linear_reason
 from dax.tune.search import Option
 
 BUDGETS = (0.75, 0.6, 0.5, 0.45, 0.4, 0.36, 0.33, 0.3, 0.25)  # of a calibrated step plan
-PERIODS = (2, 3, 4)  # of an even mask
+PERIODS = (2, 3, 4, 6)  # of an even mask
 SCHEMES = ("int8", "fp8")
 SPARED = (0.2, 0.4)  # share of the last steps without guidance
 

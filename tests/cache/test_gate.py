@@ -127,6 +127,17 @@ def test_guidance_off_runs_cond_alone(random_pipe, guidance):
     assert gate.last.computed == {"cond": 3, "uncond": 3 if guidance > 1 else 0}
 
 
+def test_guidance_switched_off_in_the_middle_still_reports(random_pipe):
+    gate = put(random_pipe, JOINT)
+
+    def off(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 1.0 if step >= 2 else 4.0
+        return tensors
+
+    call(random_pipe, callback_on_step_end=off)
+    assert gate.last.computed == {"cond": 3, "uncond": 2} and gate.run is None
+
+
 def test_guidance_in_one_batch_takes_a_joint_table_only(random_pipe):
     transformer, x = random_pipe.transformer, torch.randn(2, 16, 2, 4, 4)
     text = torch.randn(2, 512, 32)

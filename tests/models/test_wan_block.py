@@ -193,3 +193,15 @@ def test_planted_faults_are_heard(random_pipe, monkeypatch, name):
         usual = relative(velocity(transformer), stock)
         monkeypatch.setattr(wan_block, name, faults[name])
         assert relative(velocity(transformer), stock) > 2 * usual + 0.02
+
+
+def test_pefts_own_adapter_on_8_bits(random_pipe):
+    peft = pytest.importorskip("peft")
+    transformer = random_pipe.transformer
+    with dax.optimize(random_pipe, linear={"scheme": "int8"}) as engine:
+        without = velocity(transformer)
+        transformer.add_adapter(peft.LoraConfig(r=16, target_modules=["to_q"], init_lora_weights=False))
+        assert relative(velocity(transformer), without) > 0.02
+        assert "self-attention in 0 of 2 blocks, cross-attention in 0 of 2" in engine.summary()
+        transformer.disable_adapters()
+        assert torch.equal(velocity(transformer), without)

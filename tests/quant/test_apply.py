@@ -47,7 +47,6 @@ def test_the_longest_rule_wins_and_children_inherit():
     assert covers("blocks.*.attn1", "blocks.3.attn1.to_out.0") and not covers("blocks.1", "blocks.10.attn1.to_q")
 
 
-@pytest.mark.fault(19)
 @pytest.mark.parametrize(
     ("rules", "text"),
     [
@@ -73,7 +72,6 @@ def test_any_module_in_one_call():
     assert relative(model(x), wanted) < 0.03
 
 
-@pytest.mark.fault(28)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_damaged_weight_is_named_before_anything_changes(random_pipe, value):
     transformer = random_pipe.transformer

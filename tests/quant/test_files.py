@@ -40,6 +40,7 @@ def test_a_quantised_checkpoint_is_bit_exact(saved):
         engine.undo()
 
 
+@pytest.mark.fault(37)
 def test_a_file_of_another_model_version_or_source_is_refused(saved, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -56,6 +57,11 @@ def test_a_file_of_another_model_version_or_source_is_refused(saved, tmp_path):
     (tmp_path / "junk").write_bytes(b"junk")
     with pytest.raises(DaxError, match="quantised weights .*junk"):
         quant.load(again, tmp_path / "junk")
+    torn = path.read_bytes()[: path.stat().st_size // 2]
+    (tmp_path / "torn").write_bytes(torn)
+    with pytest.raises(DaxError, match="quantised weights .*torn"):
+        quant.load(again, tmp_path / "torn")
+    assert not any(type(layer) is quant.QuantLinear for layer in again.modules()), "a refusal changes nothing"
     with pytest.raises(DaxError, match="no layer of this module is quantised"):
         quant.save(again, tmp_path / "none", "x")
 

@@ -1,0 +1,84 @@
+"""The benches of the step cache: rivals compute just the steps they are compared at; figures come with their checks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dax.bench import cache, step, video
+from dax.cache.artifact import Artifact
+from dax.cache.magcache import Ratios
+from dax.cache.record import latent_psnr, make_clips, run
+from dax.cache.step_plan import Setting, flow_sigmas
+from dax.cache.teacache import Polynomial
+from dax.errors import DaxError
+
+STEPS = 20
+
+
+@pytest.fixture
+def artifact():
+    lengths = tuple(np.linspace(1.02, 0.9, STEPS).tolist())
+    return Artifact(
+        model="test",
+        setting=Setting(),
+        sigmas=tuple(flow_sigmas(STEPS, 3.0)),
+        rungs=(),
+        moved=tuple((0.02 + 0.01 * np.sin(np.arange(STEPS - 1))).tolist()),
+        teacache=Polynomial((5.0, 0.01), True, Setting()),
+        magcache=Ratios(lengths, lengths, 3.0),
+        floor_db=100.0,
+    )
+
+
+@pytest.mark.parametrize("settings", [cache.teacache_settings, cache.magcache_settings])
+def test_every_setting_of_a_rival_computes_just_the_steps_it_is_compared_at(artifact, settings):
+    for count in (8, 10):
+        masks = settings(artifact, count)
+        assert len(set(masks.values())) > 3
+        assert all(len(mask) == STEPS and mask.count("1") == count for mask in masks.values())
+
+
+def test_no_threshold_is_none():
+    assert cache.threshold_for(lambda t: "11111111" if t < 0.5 else "10000000", 4, 1.0) is None
+
+
+def test_the_solver_on_all_steps_is_the_exact_run(random_pipe):
+    clips = make_clips(random_pipe, ["red", "blue"], (32, 32, 5), 4, 4.0, 0)
+    with torch.no_grad():
+        reference = run(random_pipe, clips, 2)
+        scheduler = random_pipe.scheduler
+        assert (cache.on_subset(random_pipe, clips, "1111", reference, 1) > 80).all()
+        fewer = cache.on_subset(random_pipe, clips, "1101", reference, 1)
+    assert (fewer < 80).all() and random_pipe.scheduler is scheduler
+
+
+def test_a_clip_is_as_far_as_its_mean_square_says():
+    reference = torch.tensor([[0.0, 4.0], [0.0, 2.0]])
+    assert latent_psnr(reference + 0.4, reference) == pytest.approx([20.0, 20 * np.log10(5)])
+    assert latent_psnr(reference, reference).tolist() == [100.0, 100.0]
+
+
+def test_a_predicted_step_is_timed_at_real_size_only_if_it_is_right(monkeypatch):
+    size = 64, 64, 5
+    found = step.bench("tiny", size, 0.0, 0.01, "cpu")
+    assert found["rows"][0]["ms"] > 0 and found["rows"][0]["state_mb"] == 2 * 3 * 2 * 16 * 2 * 8 * 8 / 1e6
+    json.dumps(found)
+    monkeypatch.setattr("dax.cache.gate.combine", lambda velocities, weights: velocities[0].float())
+    with pytest.raises(DaxError, match="lies .* from the sum it should be"):
+        step.bench("tiny", size, 0.0, 0.01, "cpu")
+
+
+def test_the_loop_is_timed_step_by_step(tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text('cache:\n  policy: mask\n  mask: "110100"\n')
+    found = video.bench("tiny", (32, 32, 5), str(plan), 6, 1, "cpu", lambda text: None)
+    assert found["computed"] == {"cond": 3, "uncond": 3} and found["computed_share"] == 0.5
+    assert [row["steps"] for row in found["rows"]] == [3, 3, 3, 6] and len(found["steps_s"]) == 6
+    assert found["loop_s"] == pytest.approx(sum(found["steps_s"]))
+    json.dumps(found)
+    with pytest.raises(DaxError, match="no step cache"):
+        video.bench("tiny", (32, 32, 5), "exact", 6, 1, "cpu")
+    with pytest.raises(DaxError, match="at least 4"):
+        video.bench("tiny", (32, 32, 5), str(plan), 3, 1, "cpu")

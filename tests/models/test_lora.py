@@ -1,0 +1,112 @@
+"""A LoRA is fused before quantising; one that matches nothing, or only partly, is an error and not a shrug."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dax
+from dax.errors import DaxError
+from dax.models.lora import fuse_lora
+from tests.quant.test_apply import bits, relative, same, velocity
+
+LAYERS = {"blocks.0.attn1.to_q": (64, 64), "blocks.1.ffn.net.0.proj": (128, 64), "blocks.1.attn2.to_out.0": (64, 64)}
+
+
+def pairs(layers=LAYERS, rank=4, prefix="transformer."):
+    torch.manual_seed(7)
+    made = {}
+    for name, (N, K) in layers.items():
+        made[f"{prefix}{name}.lora_A.weight"] = torch.randn(rank, K) * K**-0.5
+        made[f"{prefix}{name}.lora_B.weight"] = torch.randn(N, rank)
+    return made
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(tensors, **metadata):
+        save_file(tensors, tmp_path / "lora.safetensors", metadata={"format": "pt", **metadata})
+        return tmp_path / "lora.safetensors"
+
+    return write
+
+
+def test_it_is_added_to_the_weights_and_to_no_other(random_pipe, written):
+    transformer, state = random_pipe.transformer, pairs()
+    before = {name: weight.clone() for name, weight in transformer.state_dict().items()}
+    assert fuse_lora(transformer, written(state), scale=0.5) == 3
+    for name, weight in transformer.state_dict().items():
+        layer = name.removesuffix(".weight")
+        delta = 0.0
+        if layer in LAYERS and name.endswith(".weight"):
+            delta = 0.5 * state[f"transformer.{layer}.lora_B.weight"] @ state[f"transformer.{layer}.lora_A.weight"]
+        assert torch.allclose(weight, before[name] + delta, atol=1e-6), name
+
+
+def test_the_alpha_of_its_header_counts(random_pipe, written):
+    layer = random_pipe.transformer.blocks[0].attn1.to_q
+    before, state = layer.weight.clone(), pairs()
+    header = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})
+    fuse_lora(random_pipe.transformer, written(state, lora_adapter_metadata=header))
+    delta = (
+        state["transformer.blocks.0.attn1.to_q.lora_B.weight"] @ state["transformer.blocks.0.attn1.to_q.lora_A.weight"]
+    )
+    assert torch.allclose(layer.weight, before + 2 * delta, atol=1e-5)
+
+
+def test_the_format_of_the_original_repository(random_pipe, written):
+    state = {}
+    for projection in ("q", "k", "v", "o"):
+        for block in range(2):
+            name = f"diffusion_model.blocks.{block}.self_attn.{projection}"
+            state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = torch.randn(4, 64), torch.randn(64, 4)
+    assert fuse_lora(random_pipe.transformer, written(state)) == 8
+
+
+def test_fused_then_quantised(random_pipe, written):
+    transformer = random_pipe.transformer
+    stock = velocity(transformer)
+    fuse_lora(transformer, written(pairs()))
+    fused = velocity(transformer)
+    with dax.optimize(random_pipe, linear={"scheme": "int8"}):
+        assert relative(velocity(transformer), fused) < 0.1 < relative(fused, stock)
+        with pytest.raises(DaxError, match="blocks.0.attn1.to_q is quantised already: fuse first") as caught:
+            fuse_lora(transformer, written(pairs()))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.fault(35)
+@pytest.mark.parametrize(
+    ("tensors", "text"),
+    [
+        (pairs({"blocks.7.attn1.to_q": (64, 64)}), "0 of 1 layers matched; this model has no 'blocks.7.attn1.to_q'"),
+        (pairs(LAYERS | {"blocks.0.attn1.to_x": (64, 64)}), "3 of 4 layers matched.* did you mean 'blocks.0.attn1.to_"),
+        (
+            pairs({"blocks.0.attn1.to_q": (64, 48)}),
+            r"to_q is \[64, 64\], the file's matrices are \[64, 4\] and \[4, 48\]",
+        ),
+        (
+            {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 64)},
+            "what cannot be fused: blocks.0.attn1.to_q",
+        ),
+        (
+            pairs() | {"transformer.blocks.0.attn1.to_q.diff": torch.zeros(3)},
+            "cannot be fused: blocks.0.attn1.to_q.diff",
+        ),
+        ({"something.weight": torch.zeros(3)}, "0 layers, and what cannot be fused: something.weight"),
+        ({key: tensor * float("nan") for key, tensor in pairs().items()}, "has NaN or infinity in it"),
+    ],
+)
+def test_a_lora_that_does_not_fit_changes_nothing(random_pipe, written, tensors, text):
+    before = bits(random_pipe.transformer)
+    with pytest.raises(DaxError, match=text) as caught:
+        fuse_lora(random_pipe.transformer, written(tensors))
+    assert caught.value.exit_code == 3 and same(before, bits(random_pipe.transformer))
+
+
+@pytest.mark.fault(35)
+def test_a_pickled_lora_is_never_opened(random_pipe, tmp_path):
+    torch.save(pairs(), tmp_path / "lora.bin")
+    with pytest.raises(DaxError, match="not a safetensors file"):
+        fuse_lora(random_pipe.transformer, tmp_path / "lora.bin")
