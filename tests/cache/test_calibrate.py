@@ -303,3 +303,14 @@ def test_artifacts_are_found_by_digest_and_kernels(calibrated, tmp_path, monkeyp
     assert isinstance(find("auto", checkpoint, "sage attention"), Artifact)
     with pytest.raises(DaxError, match="no calibration of that digest ships"):
         find("sha256:" + "0" * 64, None)
+
+
+def test_what_ships_for_the_embedded_model():
+    """`fast` and `original` run on it; the file is small, and belongs to the weights beside it."""
+    shipped = find("auto", checkpoint_digest(dax.load_tiny().transformer), "exact")
+    assert shipped is not None and shipped.setting.steps == 50 and len(json.dumps(shipped.to_json())) < 30_000
+    assert [sum(rung.plan.computed.values()) for rung in shipped.rungs] == [50, 40, 32]
+    for preset, made_by in (("fast", "calibrated"), ("original", "TeaCache 0.1, calibrated")):
+        cache, found, _, _ = resolve_cache(Plan.load(preset).cache, "tiny", shipped.setting.checkpoint, "exact")
+        plan = maker(cache, found, "tiny")(Setting(50, flow_shift=3.0, guidance_scale=4.0), None)
+        assert plan.made_by.startswith(made_by) and sum(plan.computed.values()) <= 40
