@@ -147,3 +147,15 @@ def test_the_tiny_wan_runs_with_it():
         ours = run()
     error = ((ours - exact).norm() / exact.norm()).item()
     assert 1e-5 < error < 0.05
+
+
+def test_traced_as_one_graph():
+    """A compiled block with it stays one graph."""
+    kernel = backend_of("int8")
+
+    def attention(q, k, v):
+        operands = kernel.prepare(q, k, v, 2, Turn(), kernel.stats(k, v, 2, Turn()))
+        return 2 * kernel.attend(operands, k.shape[1])
+
+    q, k, v = (x.flatten(2) for x in gaussian(*3 * [(1, 65, 2, 64)]))
+    assert torch.equal(torch.compile(attention, backend="eager", fullgraph=True)(q, k, v), attention(q, k, v))

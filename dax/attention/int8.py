@@ -5,7 +5,7 @@ range, are its stats; the rest is done token by token, so that operands can trav
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -34,7 +34,8 @@ def build(name: str, portable: bool) -> Backend:
     def attend(operands, num_keys, scale=None):
         return ATTENTION_INT8(*operands, num_keys, portable)
 
-    return Backend(name, stats, prepare, attend, layout=LAYOUT, num_query_operands=2, token_align=TILE)
+    prepared = partial(prepare, dtype=value_dtype())
+    return Backend(name, stats, prepared, attend, layout=LAYOUT, num_query_operands=2, token_align=TILE)
 
 
 def stats(k, v, heads, turn=None):
@@ -42,7 +43,7 @@ def stats(k, v, heads, turn=None):
     return TOKEN_MEANS(k.unflatten(2, (heads, -1))), TOKEN_AMAX(v.unflatten(2, (heads, -1)))
 
 
-def prepare(q, k, v, heads, turn, stats, scale=None):
+def prepare(q, k, v, heads, turn, stats, scale=None, dtype=torch.float8_e4m3fn):
     """[B, s, C] each -> q, q scales, k, k scales, v, v scales, as attention_int8 takes them.
 
     The keys are shifted by the mean of the means, which need not be exact: any shift gives the same attention.
@@ -51,11 +52,12 @@ def prepare(q, k, v, heads, turn, stats, scale=None):
     k, v = k.unflatten(2, (heads, -1)), v.unflatten(2, (heads, -1))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     q = Q_QUANTIZE(q, heads, scale, turn.q_weight, turn.cos, turn.sin, turn.eps)
-    return *q, *K_QUANTIZE(k, means.mean(1)), *V_QUANTIZE(v, amax, value_dtype(v.device))
+    return *q, *K_QUANTIZE(k, means.mean(1)), *V_QUANTIZE(v, amax, dtype)
 
 
-def value_dtype(device) -> torch.dtype:
-    return torch.float16 if device.type == "cuda" and compute_capability(device) < 89 else torch.float8_e4m3fn
+def value_dtype() -> torch.dtype:
+    """fp8, or fp16 on a GPU without it."""
+    return torch.float16 if torch.cuda.is_available() and compute_capability(None) < 89 else torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)

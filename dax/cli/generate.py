@@ -27,6 +27,9 @@ def command(
     from_clip: Annotated[
         str | None, typer.Option("--from", help="an earlier clip: its settings where nothing else is stated")
     ] = None,
+    loras: Annotated[
+        list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE]", help="added to the weights, repeated")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
     gpus: Annotated[int, typer.Option(help="ranks on this machine, one GPU each")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output if it exists")] = False,
@@ -80,6 +83,7 @@ def command(
         from_clip,
         gpus,
         min_psnr,
+        tuple(loras or ()),
     )
     record = generate(job, log)
     if record is None:  # a rank of torchrun's that is not the first

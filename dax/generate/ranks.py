@@ -93,11 +93,14 @@ class Team:
         import torch
         import torch.distributed as dist
 
-        embeds = make() if self.first else [torch.empty(shape, dtype=dtype, device=device) for _ in range(1 + guided)]
-        for tensor in embeds[: 1 + guided]:
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise DaxError("bug", f"text embeddings are {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
-            dist.broadcast(tensor.contiguous() if self.first else tensor, src=0)
+        if self.first:  # in the dtype that the pipeline would give them next
+            embeds = [tensor.to(device, dtype).contiguous() for tensor in make()[: 1 + guided]]
+        else:
+            embeds = [torch.empty(shape, dtype=dtype, device=device) for _ in range(1 + guided)]
+        for tensor in embeds:
+            if tuple(tensor.shape) != shape:
+                raise DaxError("bug", f"text embeddings are {tuple(tensor.shape)}, not {shape}")
+            dist.broadcast(tensor, src=0)
         return tuple(embeds) if guided else (embeds[0], None)
 
 

@@ -8,14 +8,18 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from math import isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate import video
+from dax.generate.checkpoint import read_header
 from dax.generate.preflight import Checked, locate, preflight, verify
 from dax.generate.ranks import count_of, parallel_plan, team
-from dax.generate.request import check_memory, make_request, request_fields
+from dax.generate.request import Request, check_memory, make_request, request_fields
 from dax.generate.stages import (
     Clock,
     Forwards,
@@ -28,11 +32,15 @@ from dax.generate.stages import (
     set_flow_shift,
 )
 from dax.generate.steps import checkpoint_of, schedule
+from dax.hardware import Machine
 from dax.models.tiny import FOLDER
-from dax.parallel.join import place
+from dax.parallel.join import Place, place
 from dax.parallel.launch import run_ranks
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
 from dax.provenance import check_min_psnr, computes, read_measured
+
+if TYPE_CHECKING:
+    from dax.optimize import Resolved
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,24 @@ class Job:
     from_clip: str | None = None
     gpus: int = 1
     min_psnr: float | None = None
+    loras: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A job with everything decided that can be before a weight is read. `remarks` grows into the record's warnings."""
+
+    job: Job
+    checked: Checked
+    request: Request
+    asked: Plan
+    resolved: "Resolved"
+    loras: tuple[tuple[Path, float], ...]
+    path: Path
+    here: Machine
+    place: Place
+    count: int
+    remarks: list[str]
 
 
 def generate(job: Job, log=lambda text: None) -> dict | None:
@@ -68,59 +94,82 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
     finite; "cannot_write" when the file cannot be written. Costs the model's bytes and its run time.
     """
     start = time.perf_counter()
+    settled = settle(job)
+    if settled.place.first:
+        check_outputs(settled.job, settled.path)
+    if settled.count > settled.place.count:
+        return run_ranks(generate_here, (replace(settled.job, output=str(settled.path)),), settled.count)
+    if job.verify and settled.place.first:
+        settled.remarks.extend(verify(settled.checked))
+    made = make(settled, log)
+    if made is None:
+        return None
+    frames, record, clock = made
+    with clock.stage("write"):  # the record in the file cannot know how long writing it takes
+        write(settled, frames, {**record, "seconds": dict(clock.seconds)})
+    return {**record, "seconds": {**clock.seconds, "total": round(time.perf_counter() - start, 3)}}
+
+
+def settle(job: Job) -> Settled:
+    """Decide all that can be decided, and refuse all that can be refused, without a weight."""
     at, count = count_of(job.gpus, job.device)
-    if not at.first:
-        log = lambda text: None
     job, earlier = with_earlier(job)
     checked = check_model(job.model)
     facts = checked.facts
     request, remarks = make_request(facts, job.given, job.round, job.allow_empty_prompt)
+    loras = tuple(map(parse_lora, job.loras))
     asked, _ = Plan.from_layers(plan_layers(job, earlier))
     if earlier.get("model_digest", checked.digest) != checked.digest:
         remarks.append(f"the model is not the one of {job.from_clip}: its digest differs")
-
-    import torch
+    if earlier.get("loras") and not loras:
+        remarks.append(f"{job.from_clip} was made with LoRAs: pass them again with --lora")
 
     from dax.hardware import machine
     from dax.optimize import resolve
 
     here = machine(job.device)
-    dtype = torch.bfloat16 if here.device == "cuda" else torch.float32
+    dtype = dtype_of(here)
     check_memory(facts, request, checked.parameters * dtype.itemsize, dtype.itemsize, here.memory_gib)
     checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked.folder, facts)
-    dtype_name = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     asked, shares = parallel_plan(asked, request, facts, count, job.strict, remarks)
-    resolved = resolve(asked, facts, here, job.strict, dtype_name, checkpoint, shares)  # before loading
-    decided = resolved.plan.parallel.model_copy(update={"overlap": asked.parallel.overlap})  # it is timed where it runs
-    asked = asked.model_copy(update={"parallel": decided})
-    schedule(resolved.plan.cache, resolved.calibration, facts, request, checkpoint)  # refuses, too
+    resolved = resolve(asked, facts, here, job.strict, name, checkpoint, shares)
+    asked = asked.model_copy(update={"parallel": resolved.plan.parallel})
+    schedule(resolved.plan.cache, resolved.calibration, facts, request, checkpoint)
     measured = read_measured(job.plan) if job.plan else None
     elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []
     if elsewhere and job.strict:
         raise DaxError("unsupported", f"--strict: plan {job.plan} was measured elsewhere: {'; '.join(elsewhere)}")
     remarks += [f"the plan's fidelity was measured elsewhere: {text}" for text in elsewhere]
     if job.min_psnr is not None:
-        exact = computes(resolved.plan) == computes(resolve(Plan(), facts, here, dtype=dtype_name).plan)
+        exact = computes(resolved.plan) == computes(resolve(Plan(), facts, here, dtype=name).plan)
         check_min_psnr(job.min_psnr, measured, elsewhere, exact)
     path = Path(job.output or video.default_name(request.prompt, request.seed, resolved.plan.hash()))
-    if at.first:
-        check_outputs(job, path)
-    if count > at.count:
-        return run_ranks(generate_here, (replace(job, output=str(path)),), count)
-    if job.verify and at.first:
-        remarks += verify(checked)
+    return Settled(job, checked, request, asked, resolved, loras, path, here, at, count, remarks)
 
-    agreed = {"request": repr(request), "plan": resolved.plan.hash(), "model": checked.digest, "device": here.name}
-    with team(at, here.device, agreed) as ranks, out_of_memory(request):
+
+def make(settled: Settled, log):
+    """(frames, record, clock) of the clip, on the first rank; None on the others."""
+    job, checked, request, here = settled.job, settled.checked, settled.request, settled.here
+    facts, remarks = checked.facts, settled.remarks
+    agreed = {
+        "request": repr(request),
+        "plan": settled.resolved.plan.hash(),
+        "model": checked.digest,
+        "LoRAs": repr(settled.loras),
+        "device": here.name,
+    }
+    with team(settled.place, here.device, agreed) as ranks, out_of_memory(request):
         clock = Clock(ranks.enter)
         with clock.stage("load"):
-            pipe = load(checked, here.device, dtype, ranks.first)
+            pipe = load(checked, here.device, dtype_of(here), ranks.first)
             checked.unchanged()
             set_flow_shift(pipe, request.flow_shift)
+            loras = [fused(pipe.transformer, *lora) for lora in settled.loras]
         from dax.optimize import optimize
 
-        with optimize(pipe, asked, strict=job.strict) as engine, Forwards(pipe.transformer) as forwards:
-            remarks += engine.fallbacks
+        with optimize(pipe, settled.asked, strict=job.strict) as engine, Forwards(pipe.transformer) as forwards:
+            remarks.extend(engine.fallbacks)
             log(engine.summary())
             with clock.stage("text"):
                 shape, guided = (1, facts.text_tokens, facts.text_dim), request.guidance_scale > 1
@@ -133,16 +182,17 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
                 latents = denoise(
                     pipe, request, *embeds, lambda step, _: ranks.step(step + 1, request.steps), not ranks.first
                 )
-            remarks += dict.fromkeys(str(w.message) for w in found if str(w.message).startswith("step cache:"))
+            remarks.extend(dict.fromkeys(str(w.message) for w in found if str(w.message).startswith("step cache:")))
             computed = ranks.most(forwards.computed)
             with clock.stage("decode"):
                 frames = decode(pipe, latents) if ranks.first or engine.plan.parallel.vae == "split" else None
     if not ranks.first:
         return None
     record = {
-        "path": str(path),
+        "path": str(settled.path),
         "model": job.model or "tiny",
         "model_digest": checked.digest,
+        "loras": loras,
         **asdict(request),
         "plan": engine.plan.model_dump(),
         "plan_hash": engine.plan.hash(),
@@ -153,18 +203,47 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
         "versions": {**here.packages, "dax-engine": version(), "python": sys.version.split()[0]},
         "warnings": remarks,
     }
-    rescue = Path(job.keep_frames_on_error) if job.keep_frames_on_error else None
+    return frames, record, clock
+
+
+def write(settled: Settled, frames, record: dict) -> None:
+    """The clip at its path. If that fails, the frames are saved where --keep-frames-on-error says."""
+    job, request = settled.job, settled.request
     try:
-        with clock.stage("write"):
-            # the record in the file cannot know how long writing it takes
-            video.write(path, frames, request.fps, {**record, "seconds": dict(clock.seconds)}, job.overwrite)
+        video.write(settled.path, frames, request.fps, record, job.overwrite)
     except DaxError as error:
-        if rescue is None:
+        if not job.keep_frames_on_error:
             raise
-        video.write(rescue, frames, request.fps, record)
-        raise DaxError(error.code, f"{error}; the frames are in {rescue}") from None
-    total = round(time.perf_counter() - start, 3)
-    return {**record, "seconds": {**clock.seconds, "total": total}}
+        video.write(Path(job.keep_frames_on_error), frames, request.fps, record)
+        raise DaxError(error.code, f"{error}; the frames are in {job.keep_frames_on_error}") from None
+
+
+def dtype_of(machine: Machine):
+    """What the transformer is loaded in."""
+    import torch
+
+    return torch.bfloat16 if machine.device == "cuda" else torch.float32
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:scale. DaxError("bad_model") for a file that is missing or no safetensors."""
+    name, colon, scale = text.rpartition(":")
+    try:
+        path, factor = (Path(name), float(scale)) if colon else (Path(text), 1.0)
+    except ValueError:
+        path, factor = Path(text), 1.0
+    if not isfinite(factor):
+        raise DaxError("bad_request", f"--lora {text}: the scale must be a finite number")
+    read_header(path)
+    return path, factor
+
+
+def fused(transformer, path: Path, scale: float) -> dict:
+    """Add a LoRA to the weights; what the record tells of it."""
+    from dax.models.lora import fuse_lora
+
+    layers = fuse_lora(transformer, path, scale)
+    return {"name": path.name, "sha256": sha256(path.read_bytes()).hexdigest(), "scale": scale, "layers": layers}
 
 
 def generate_here(job: Job) -> dict | None:

@@ -69,9 +69,9 @@ def attend_rows(
         s = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), no_s, use_acc=False, is_async=True)
         mbarrier.arrive(tokens.index(NEXT), count=1)
         scale = q_scale * gl.load(KScale + i)
+        low = scale * (1.0 - 2.0**-22)  # rounds the maximum down, so that the largest p is 2^8 or more
         s = warpgroup_mma_wait(0, deps=(s,))
-        high = gl.max(s, 1).to(gl.float32) * scale
-        new = gl.maximum(largest, high - gl.abs(high) * 2.0**-22)  # rounded down, so that the largest p is 2^8 or more
+        new = gl.maximum(largest, gl.max(s, 1).to(gl.float32) * low)
         p = gl.exp2(s.to(gl.float32) * scale[:, None] - (new - 8.0)[:, None])
         fade = gl.exp2(largest - new)
         largest = new

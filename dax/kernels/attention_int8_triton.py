@@ -29,8 +29,8 @@ def attend_tile(
         k = tl.load(K + (i * KEYS + key)[:, None] * D + channel[None, :])
     s = tl.dot(q, tl.trans(k), out_dtype=tl.int32)
     scale = q_scale * tl.load(KScale + i * KEYS // TILE)
-    high = tl.max(s, 1).to(tl.float32) * scale  # of integers: half the instructions
-    new = tl.maximum(largest, high - tl.abs(high) * 2.0**-22)  # rounded down, so that the largest p is 2^8 or more
+    low = scale * (1.0 - 2.0**-22)  # rounds the maximum down, so that the largest p is 2^8 or more
+    new = tl.maximum(largest, tl.max(s, 1).to(tl.float32) * low)  # of integers: half the instructions
     p = tl.minimum(tl.exp2(s.to(tl.float32) * scale[:, None] - (new - 8.0)[:, None]), 448.0)  # fp8's range
     if TAIL:
         p = tl.where((i * KEYS + key < num_keys)[None, :], p, 0.0)

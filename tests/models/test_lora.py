@@ -110,3 +110,32 @@ def test_a_pickled_lora_is_never_opened(random_pipe, tmp_path):
     torch.save(pairs(), tmp_path / "lora.bin")
     with pytest.raises(DaxError, match="not a safetensors file"):
         fuse_lora(random_pipe.transformer, tmp_path / "lora.bin")
+
+
+def test_generate_fuses_before_it_optimizes_and_says_so(tmp_path):
+    from dax.generate.run import Job, generate
+
+    state = pairs({"blocks.0.ffn.net.0.proj": (1024, 384)})
+    save_file(state, tmp_path / "style.safetensors", metadata={"format": "pt"})
+    small = {"prompt": "a red circle", "height": 64, "width": 64, "num_frames": 5, "steps": 1}
+    clips = []
+    for name, loras in (("with", (f"{tmp_path}/style.safetensors:0.5",)), ("without", ())):
+        job = Job(small, str(tmp_path / f"{name}.npz"), sets=("linear.scheme=int8",), device="cpu", loras=loras)
+        clips.append(generate(job))
+    (told,) = clips[0]["loras"]
+    assert (told["name"], told["scale"], told["layers"]) == ("style.safetensors", 0.5, 1)
+    assert clips[1]["loras"] == [] and clips[0]["plan_hash"] == clips[1]["plan_hash"]
+    frames = [(tmp_path / f"{name}.npz").read_bytes() for name in ("with", "without")]
+    assert frames[0] != frames[1]
+
+
+@pytest.mark.parametrize("asked", ["{}/none.safetensors", "{}/torn.safetensors:0.5", "{}/none.safetensors:much"])
+def test_generate_refuses_a_lora_before_weights_load(tmp_path, monkeypatch, asked):
+    from dax.generate import run
+
+    (tmp_path / "torn.safetensors").write_bytes(b"no")
+    monkeypatch.setattr(run, "load", lambda *_: pytest.fail("weights were loaded"))
+    job = run.Job({"prompt": "a"}, str(tmp_path / "c.npz"), device="cpu", loras=(asked.format(tmp_path),))
+    with pytest.raises(DaxError, match="safetensors") as caught:
+        run.generate(job)
+    assert caught.value.exit_code == 3
