@@ -139,7 +139,7 @@ def run_rows(model, calls, origin, rows, device, warm_up_s, timed_s, log) -> tup
                 left_out[row.name] = reason
                 log(f"left out {row.name}: {reason}")
                 continue
-            call = calls(arranged)
+            call = rivals.choice_kept(calls(arranged))
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()

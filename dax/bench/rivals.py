@@ -136,6 +136,27 @@ def arithmetic(row: Row) -> tuple[str, str]:
     return roofline.LINEAR.get(scheme, "bf16"), roofline.ATTENTION.get(kernel, "bf16")
 
 
+def choice_kept(call):
+    """The call, with torch's process-wide choice of attention put back after it: a compiled graph may leave its own."""
+    from torch.backends import cuda
+
+    switches = {
+        cuda.enable_flash_sdp: cuda.flash_sdp_enabled(),
+        cuda.enable_mem_efficient_sdp: cuda.mem_efficient_sdp_enabled(),
+        cuda.enable_math_sdp: cuda.math_sdp_enabled(),
+        cuda.enable_cudnn_sdp: cuda.cudnn_sdp_enabled(),
+    }
+
+    def kept():
+        try:
+            return call()
+        finally:
+            for switch, on in switches.items():
+                switch(on)
+
+    return kept
+
+
 @contextmanager
 def backends_restored():
     """Rows may pick attention backends inside; diffusers' process-wide default and its log level come back after."""

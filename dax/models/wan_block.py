@@ -18,7 +18,7 @@ from dax.errors import DaxError
 from dax.kernels.gated_residual import gated_residual
 from dax.kernels.norm_modulate import norm_modulate, norm_modulate_quantize
 from dax.kernels.scaled_linear import scaled_linear
-from dax.models.wan import WanProcessor, attend_heads, attend_text
+from dax.models.wan import WanProcessor, attend_heads, attend_text, small_numbers
 from dax.quant.linear import QuantLinear
 
 Activation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # bf16, or 8 bits and a scale for each token
@@ -217,8 +217,7 @@ def difference() -> str | None:
     try:
         from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
-            torch.manual_seed(0)
+        with small_numbers():
             block = WanTransformerBlock(H * D, 32, H, cross_attn_norm=True).eval()
             for parameter in block.parameters():
                 parameter.normal_()
