@@ -1,10 +1,10 @@
 """optimize(): marry a Plan with a model. The whole story on one page.
 
-First *resolve*: plan, facts and machine in, a plan of definite choices out; pure. Every refusal is raised there or in
-the checks that follow, before anything changes. Then *apply*, part by part, each counting what it changed. The Engine
-that comes back describes the changes and takes them back.
+First `resolve` (resolve.py): plan, facts and machine in, a plan of definite choices out; pure. Every refusal is raised
+there or in the checks that follow, before anything changes. Then `apply`, part by part, each counting what it changed.
+The Engine that comes back describes the changes and takes them back.
 
-The module itself can be called: `dax.optimize(pipe)` and `from dax.optimize import resolve` mean one name.
+The module itself can be called: `dax.optimize(pipe)` and `from dax.optimize import Engine` mean one name.
 """
 
 import os
@@ -15,114 +15,15 @@ from types import ModuleType
 from weakref import WeakSet
 
 from dax import attention
-from dax.cache.artifact import Artifact
-from dax.cache.policy import maker, resolve_cache
+from dax.cache.policy import maker
 from dax.edits import Edits
 from dax.errors import DaxError
-from dax.facts import Facts
-from dax.hardware import Machine, machine, no_kernels
-from dax.parallel import planner
-from dax.parallel.planner import ALONE, Ranks
-from dax.plan import DEFAULT_PRESET, Linear, Plan, plan_layer
-from dax.quant.scales import Scales
-from dax.quant.scheme import reason as scheme_reason
+from dax.hardware import Machine, machine
+from dax.parallel.planner import Ranks
+from dax.plan import DEFAULT_PRESET, Plan, plan_layer
+from dax.resolve import Resolved, kernels_of, resolve, without_fused_blocks
 
-EIGHT_BIT = ("int8",)  # kernels whose operands can travel in 8 bits
 OPTIMIZED = WeakSet()  # transformers that carry an engine now
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A plan of definite choices. `notes` say what each `auto` became, `fallbacks` what could not be had.
-
-    `scales` is the content of the plan's linear.scales, whose place the digest takes in the plan.
-    """
-
-    plan: Plan
-    notes: tuple[str, ...] = ()
-    fallbacks: tuple[str, ...] = ()
-    scales: Scales | None = None
-    calibration: Artifact | None = None  # of the step cache
-
-
-def resolve(
-    plan: Plan,
-    facts: Facts,
-    machine: Machine,
-    strict: bool = False,
-    dtype: str = "bfloat16",
-    checkpoint: str | None = None,
-    ranks: Ranks = ALONE,
-) -> Resolved:
-    """The plan with every `auto` decided for that model on that machine. Pure: no torch, no weights.
-
-    dtype and checkpoint (its digest, see dax.cache.checkpoint) are the transformer's; ranks says how many share the
-    work, and what is known of it. What does not run there falls back to something exact and is named; with `strict` it
-    is DaxError("unsupported") instead. 8 bits that do not run there are an error always.
-    """
-    notes, fallbacks, kernel, compiled = [], [], plan.attention.kernel, plan.compile
-    linear, scales = resolve_linear(plan.linear, machine)
-    fused = plan.blocks.fused
-    if fused and (problem := no_kernels(machine)):
-        fallbacks.append(f"blocks.fused = true: {problem}; false instead")
-        fused = False
-    best = attention.choose(machine, dtype, facts.head_dim)
-    if kernel == "auto":
-        kernel = best
-        notes.append(f"attention.kernel: auto is {best} on {machine.name} in {dtype}")
-    elif problem := attention.reason(kernel, machine, dtype, facts.head_dim):
-        fallbacks.append(f"attention.kernel = {kernel}: {problem}; {best} instead")
-        kernel = best
-    elif remark := attention.lesser(kernel, machine):
-        fallbacks.append(f"attention.kernel = {kernel}: {remark}")
-    if compiled == "blocks" and machine.packages is not None and machine.compiler is None:
-        fallbacks.append("compile = blocks: no C++ compiler found (install g++ or set CXX); none instead")
-        compiled = "none"
-    parallel, said = planner.resolve_parallel(
-        plan.parallel,
-        facts,
-        machine,
-        replace(ranks, align=planner.TILE) if kernel in EIGHT_BIT else ranks,
-        travels=kernel in EIGHT_BIT,
-        attention="bf16" if attention.KERNELS[kernel].exact else "8bit",
-        linear="8bit" if linear.active else "bf16",
-        joint=plan.cache.policy == "none" or (plan.cache.uncond_every == 1 and plan.cache.drop_uncond == 0),
-    )
-    notes += said
-    resolved = plan.model_copy(
-        update={
-            "attention": plan.attention.model_copy(update={"kernel": kernel}),
-            "linear": linear,
-            "blocks": plan.blocks.model_copy(update={"fused": fused}),
-            "parallel": parallel,
-            "compile": compiled,
-        }
-    )
-    cached, calibration, more, fell = resolve_cache(plan.cache, facts.name, checkpoint, kernels_of(resolved))
-    notes, fallbacks = notes + more, fallbacks + fell
-    if strict and fallbacks:
-        raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
-    return Resolved(resolved.model_copy(update={"cache": cached}), tuple(notes), tuple(fallbacks), scales, calibration)
-
-
-def resolve_linear(linear: Linear, machine: Machine) -> tuple[Linear, Scales | None]:
-    """The part with the digest of its scales for their path, and the scales. DaxError for what cannot be."""
-    for scheme in linear.schemes:
-        if problem := scheme_reason(scheme, machine):
-            raise DaxError("unsupported", f"linear.scheme = {scheme}: {problem}")
-    if not linear.active or linear.activation != "static":
-        return linear, None
-    if linear.scales == "none":
-        raise DaxError("bad_request", "linear.activation = static needs linear.scales = FILE: see dax.quant.calibrate")
-    scales = Scales.load(linear.scales)
-    return linear.model_copy(update={"scales": f"sha256:{scales.digest}"}), scales
-
-
-def kernels_of(plan: Plan) -> str:
-    """The arithmetic of a resolved plan that is not exact, as a step plan is calibrated on it: "exact" for none."""
-    kernel = plan.attention.kernel
-    lossy = [] if kernel == "auto" or attention.KERNELS[kernel].exact else [f"{kernel} attention"]
-    return ", ".join([*lossy, *(f"{scheme} linears" for scheme in plan.linear.schemes)]) or "exact"
 
 
 def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **overrides) -> "Engine":
@@ -165,18 +66,6 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     if gate is not None:
         changes.append(Change("cache.policy", resolved.plan.cache.policy, "transformers", 1, 1))
     return Engine(target, resolved, changes, edits, gate)
-
-
-def without_fused_blocks(resolved: Resolved, problem: str | None, strict: bool) -> Resolved:
-    """The vendor's own blocks, by name, where DAX's would compute something else; the same plan where there is none."""
-    if problem is None:
-        return resolved
-    if strict:
-        raise DaxError("unsupported", f"--strict: blocks.fused = true: {problem}")
-    plan = resolved.plan.model_copy(update={"blocks": resolved.plan.blocks.model_copy(update={"fused": False})})
-    return replace(
-        resolved, plan=plan, fallbacks=(*resolved.fallbacks, f"blocks.fused = true: {problem}; false instead")
-    )
 
 
 def apply(

@@ -24,8 +24,8 @@ from dax.errors import DaxError
 from dax.generate.request import make_request
 from dax.generate.run import check_model
 from dax.hardware import MACHINES, machine
-from dax.optimize import Resolved
 from dax.plan import Plan
+from dax.resolve import Resolved
 from tests.browser import browser, needs_browser
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "schema" / "compare.json"

@@ -16,7 +16,7 @@ LAYERS = {
     "kernels": 1,
     **dict.fromkeys(("attention", "quant", "cache", "parallel", "compile", "offload"), 2),
     "models": 3,
-    "optimize": 4,
+    **dict.fromkeys(("resolve", "optimize"), 4),
     **dict.fromkeys(("bench", "tune", "generate"), 5),
     **dict.fromkeys(("cli", "__main__"), 6),
 }

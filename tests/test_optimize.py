@@ -13,8 +13,9 @@ from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.hardware import MACHINES, Machine
 from dax.models import wan
-from dax.optimize import OPTIMIZED, resolve
+from dax.optimize import OPTIMIZED
 from dax.plan import Blocks, Plan
+from dax.resolve import resolve
 
 H200 = replace(MACHINES["h200"], packages={"triton": "3.6.0"}, compiler="g++")
 TINY = FACTS["tiny"]

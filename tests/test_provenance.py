@@ -5,9 +5,9 @@ import pytest
 from dax.errors import DaxError
 from dax.generate.run import Job, check_model, generate
 from dax.hardware import machine
-from dax.optimize import resolve
 from dax.plan import Plan
 from dax.provenance import Measured, computes, read_measured, save
+from dax.resolve import resolve
 
 REQUEST = {"height": 32, "width": 48, "num_frames": 5, "steps": 4, "guidance_scale": 4.0, "flow_shift": 3.0}
 GIVEN = {"prompt": "a red circle moves right over a black background", "height": 32, "width": 48, "num_frames": 5}

@@ -58,7 +58,8 @@ def bench(
     from dax.hardware import machine
     from dax.models.tiny import load_tiny
     from dax.models.wan_steps import checkpoint_digest, time_embeddings
-    from dax.optimize import kernels_of, optimize
+    from dax.optimize import optimize
+    from dax.resolve import kernels_of
 
     here = machine(device)
     dtype = dtype or ("bfloat16" if here.device == "cuda" else "float32")

@@ -61,7 +61,7 @@ def compare(job: Job, log=lambda text: None, ready=lambda: None) -> tuple[Compar
     import torch
 
     from dax.hardware import machine
-    from dax.optimize import resolve
+    from dax.resolve import resolve
 
     here = machine(job.device)
     dtype = torch.bfloat16 if here.device == "cuda" else torch.float32

@@ -151,7 +151,7 @@ def gpu_name() -> str | None:
 
 def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool, ranks: Ranks, checkpoint: str | None):
     """The plan Resolved on that card; where no card is named, as asked but for the step cache, which needs none."""
-    from dax.optimize import Resolved, kernels_of, resolve
+    from dax.resolve import Resolved, kernels_of, resolve
 
     if machine is not None:
         return resolve(asked, facts, machine, strict, checkpoint=checkpoint, ranks=ranks)

@@ -54,7 +54,8 @@ def run(job: Job, log=lambda text: None) -> Artifact:
 
     from dax.hardware import machine
     from dax.models.wan_steps import time_embeddings
-    from dax.optimize import kernels_of, optimize
+    from dax.optimize import optimize
+    from dax.resolve import kernels_of
 
     here = machine(job.device)
     pipe = load(checked, here.device, torch.bfloat16 if here.device == "cuda" else torch.float32)

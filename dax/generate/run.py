@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dax.errors import DaxError
 from dax.facts import FACTS
@@ -32,15 +31,13 @@ from dax.generate.stages import (
     set_flow_shift,
 )
 from dax.generate.steps import checkpoint_of, schedule
-from dax.hardware import Machine
+from dax.hardware import Machine, machine
 from dax.models.tiny import FOLDER
 from dax.parallel.join import Place, place
 from dax.parallel.launch import run_ranks
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
 from dax.provenance import check_min_psnr, computes, read_measured
-
-if TYPE_CHECKING:
-    from dax.optimize import Resolved
+from dax.resolve import Resolved, resolve
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Settled:
     checked: Checked
     request: Request
     asked: Plan
-    resolved: "Resolved"
+    resolved: Resolved
     loras: tuple[tuple[Path, float], ...]
     path: Path
     here: Machine
@@ -123,9 +120,6 @@ def settle(job: Job) -> Settled:
         remarks.append(f"the model is not the one of {job.from_clip}: its digest differs")
     if earlier.get("loras") and not loras:
         remarks.append(f"{job.from_clip} was made with LoRAs: pass them again with --lora")
-
-    from dax.hardware import machine
-    from dax.optimize import resolve
 
     here = machine(job.device)
     dtype = dtype_of(here)

@@ -94,7 +94,7 @@ class Bench:
         self.runner = Runner(self.checked, self.here.device, dtype, log=log)
 
     def arrange(self, name: str, asked: Plan, rounded: bool = False) -> Arrangement:
-        from dax.optimize import resolve
+        from dax.resolve import resolve
 
         resolved = resolve(asked, self.facts, self.here, dtype=self.dtype, checkpoint=self.checkpoint)
         return Arrangement(name, "plan", name, asked, resolved, rounded)

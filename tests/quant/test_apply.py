@@ -10,10 +10,10 @@ import dax
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.hardware import MACHINES
-from dax.optimize import resolve
 from dax.plan import Plan
 from dax.quant import QuantLinear, quantize_
 from dax.quant.scheme import covers, match, reason
+from dax.resolve import resolve
 
 NAMES = FACTS["tiny"].linear_layers()
 

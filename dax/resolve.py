@@ -1,0 +1,126 @@
+"""resolve(): a plan of definite choices, from what is wanted, what the model is and what the machine can do. Pure.
+
+No torch, no weights: every `auto` is decided here, and what cannot be had is refused or falls back by name.
+"""
+
+from dataclasses import dataclass, replace
+
+from dax import attention
+from dax.cache.artifact import Artifact
+from dax.cache.policy import resolve_cache
+from dax.errors import DaxError
+from dax.facts import Facts
+from dax.hardware import Machine, no_kernels
+from dax.parallel import planner
+from dax.parallel.planner import ALONE, Ranks
+from dax.plan import Linear, Plan
+from dax.quant.scales import Scales
+from dax.quant.scheme import reason as scheme_reason
+
+EIGHT_BIT = ("int8",)  # kernels whose operands can travel in 8 bits
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan of definite choices. `notes` say what each `auto` became, `fallbacks` what could not be had.
+
+    `scales` is the content of the plan's linear.scales, whose place the digest takes in the plan.
+    """
+
+    plan: Plan
+    notes: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+    scales: Scales | None = None
+    calibration: Artifact | None = None  # of the step cache
+
+
+def resolve(
+    plan: Plan,
+    facts: Facts,
+    machine: Machine,
+    strict: bool = False,
+    dtype: str = "bfloat16",
+    checkpoint: str | None = None,
+    ranks: Ranks = ALONE,
+) -> Resolved:
+    """The plan with every `auto` decided for that model on that machine. Pure: no torch, no weights.
+
+    dtype and checkpoint (its digest, see dax.cache.checkpoint) are the transformer's; ranks says how many share the
+    work, and what is known of it. What does not run there falls back to something exact and is named; with `strict` it
+    is DaxError("unsupported") instead. 8 bits that do not run there are an error always.
+    """
+    notes, fallbacks, kernel, compiled = [], [], plan.attention.kernel, plan.compile
+    linear, scales = resolve_linear(plan.linear, machine)
+    fused = plan.blocks.fused
+    if fused and (problem := no_kernels(machine)):
+        fallbacks.append(f"blocks.fused = true: {problem}; false instead")
+        fused = False
+    best = attention.choose(machine, dtype, facts.head_dim)
+    if kernel == "auto":
+        kernel = best
+        notes.append(f"attention.kernel: auto is {best} on {machine.name} in {dtype}")
+    elif problem := attention.reason(kernel, machine, dtype, facts.head_dim):
+        fallbacks.append(f"attention.kernel = {kernel}: {problem}; {best} instead")
+        kernel = best
+    elif remark := attention.lesser(kernel, machine):
+        fallbacks.append(f"attention.kernel = {kernel}: {remark}")
+    if compiled == "blocks" and machine.packages is not None and machine.compiler is None:
+        fallbacks.append("compile = blocks: no C++ compiler found (install g++ or set CXX); none instead")
+        compiled = "none"
+    parallel, said = planner.resolve_parallel(
+        plan.parallel,
+        facts,
+        machine,
+        replace(ranks, align=planner.TILE) if kernel in EIGHT_BIT else ranks,
+        travels=kernel in EIGHT_BIT,
+        attention="bf16" if attention.KERNELS[kernel].exact else "8bit",
+        linear="8bit" if linear.active else "bf16",
+        joint=plan.cache.policy == "none" or (plan.cache.uncond_every == 1 and plan.cache.drop_uncond == 0),
+    )
+    notes += said
+    resolved = plan.model_copy(
+        update={
+            "attention": plan.attention.model_copy(update={"kernel": kernel}),
+            "linear": linear,
+            "blocks": plan.blocks.model_copy(update={"fused": fused}),
+            "parallel": parallel,
+            "compile": compiled,
+        }
+    )
+    cached, calibration, more, fell = resolve_cache(plan.cache, facts.name, checkpoint, kernels_of(resolved))
+    notes, fallbacks = notes + more, fallbacks + fell
+    if strict and fallbacks:
+        raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
+    return Resolved(resolved.model_copy(update={"cache": cached}), tuple(notes), tuple(fallbacks), scales, calibration)
+
+
+def resolve_linear(linear: Linear, machine: Machine) -> tuple[Linear, Scales | None]:
+    """The part with the digest of its scales for their path, and the scales. DaxError for what cannot be."""
+    for scheme in linear.schemes:
+        if problem := scheme_reason(scheme, machine):
+            raise DaxError("unsupported", f"linear.scheme = {scheme}: {problem}")
+    if not linear.active or linear.activation != "static":
+        return linear, None
+    if linear.scales == "none":
+        raise DaxError("bad_request", "linear.activation = static needs linear.scales = FILE: see dax.quant.calibrate")
+    scales = Scales.load(linear.scales)
+    return linear.model_copy(update={"scales": f"sha256:{scales.digest}"}), scales
+
+
+def kernels_of(plan: Plan) -> str:
+    """The arithmetic of a resolved plan that is not exact, as a step plan is calibrated on it: "exact" for none."""
+    kernel = plan.attention.kernel
+    lossy = [] if kernel == "auto" or attention.KERNELS[kernel].exact else [f"{kernel} attention"]
+    return ", ".join([*lossy, *(f"{scheme} linears" for scheme in plan.linear.schemes)]) or "exact"
+
+
+def without_fused_blocks(resolved: Resolved, problem: str | None, strict: bool) -> Resolved:
+    """The vendor's own blocks, by name, where DAX's would compute something else; the same plan where there is none."""
+    if problem is None:
+        return resolved
+    if strict:
+        raise DaxError("unsupported", f"--strict: blocks.fused = true: {problem}")
+    plan = resolved.plan.model_copy(update={"blocks": resolved.plan.blocks.model_copy(update={"fused": False})})
+    return replace(
+        resolved, plan=plan, fallbacks=(*resolved.fallbacks, f"blocks.fused = true: {problem}; false instead")
+    )
