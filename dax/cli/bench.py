@@ -1,11 +1,12 @@
 """`dax bench SUBJECT`: figures with their ceilings. The work is in `dax.bench`, a file for each subject."""
 
 import json
-import sys
 from typing import Annotated
 
 import typer
 
+from dax.cli import options
+from dax.cli.options import log
 from dax.errors import DaxError, nearest
 
 SUBJECTS = ("start", "attention", "linear", "block", "forward", "cache", "step", "video", "parallel", "claims")
@@ -14,24 +15,24 @@ SUBJECTS = ("start", "attention", "linear", "block", "forward", "cache", "step",
 def command(
     subject: Annotated[str, typer.Argument(help=", ".join(SUBJECTS))],
     model: Annotated[str | None, typer.Option(help="a known name (random weights) or a diffusers folder")] = None,
-    height: Annotated[int | None, typer.Option(help="pixels")] = None,
-    width: Annotated[int | None, typer.Option(help="pixels")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="frames of the video")] = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    num_frames: options.NumFrames = None,
     tokens: Annotated[int | None, typer.Option(help="attention: this many, whatever the video")] = None,
     layers: Annotated[
         int | None, typer.Option("--layers", "--num-blocks", help="blocks to build (4 for block, all for forward)")
     ] = None,
     rows: Annotated[str | None, typer.Option(help="rivals to time, as in eager,compiled-cudnn,fa3,sage")] = None,
     plan: Annotated[list[str] | None, typer.Option(help="also time DAX under this plan; may be repeated")] = None,
-    steps: Annotated[int | None, typer.Option(help="denoising steps, of cache and video")] = None,
+    steps: options.Steps = None,
     climb: Annotated[int, typer.Option(help="cached runs of the search for each budget, of cache")] = 40,
     waterfall: Annotated[bool, typer.Option("--waterfall", help="add each plan's techniques one by one")] = False,
     warm_up_s: Annotated[float, typer.Option("--warm-up", help="seconds back to back before each visit")] = 5.0,
     timed_s: Annotated[float, typer.Option("--seconds", help="seconds timed per row, over two visits")] = 5.0,
     gpus: Annotated[int, typer.Option(help="parallel: how many")] = 2,
     vae: Annotated[bool, typer.Option(help="parallel: the decoder, too")] = True,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    device: options.Device = None,
+    as_json: options.Json = False,
 ) -> None:
     """Time random weights at real sizes, DAX and rivals taking turns; print every figure with its ceiling."""
     if subject not in SUBJECTS:
@@ -42,9 +43,6 @@ def command(
         entries = claims.read()
         print(json.dumps(entries) if as_json else report.table(entries, claims.COLUMNS))
         return
-
-    def log(text):
-        print(text, file=sys.stderr, flush=True)
 
     size = height, width, num_frames
     if subject == "start":

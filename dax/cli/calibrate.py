@@ -1,45 +1,41 @@
 """`dax calibrate`: a step plan made for one model. The work is in `dax.generate.calibrate`."""
 
 import json
-import sys
 from typing import Annotated
 
 import typer
 
+from dax.cli import options
+from dax.cli.options import log
+
 
 def command(
     output: Annotated[str, typer.Option("-o", "--output", help=".json")] = "calibration.json",
-    model: Annotated[
-        str | None, typer.Option(help="diffusers folder or hub id; default: the embedded tiny Wan")
-    ] = None,
-    plan: Annotated[str | None, typer.Option(help="preset or YAML file whose kernels will run")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="key=value over the plan; may be repeated")] = None,
+    model: options.Model = None,
+    plan: options.Plan = None,
+    sets: options.Sets = None,
     prompts: Annotated[str | None, typer.Option(help="file of prompts, one a line; half record, half judge")] = None,
     num_prompts: Annotated[int | None, typer.Option(help="use the first so many")] = None,
-    height: Annotated[int | None, typer.Option(help="pixels")] = None,
-    width: Annotated[int | None, typer.Option(help="pixels")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="4 n + 1")] = None,
-    steps: Annotated[int | None, typer.Option(help="denoising steps")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="above 1")] = None,
-    flow_shift: Annotated[float | None, typer.Option(help="shift of the noise levels")] = None,
-    seed: Annotated[int | None, typer.Option(help="default 0")] = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    num_frames: options.NumFrames = None,
+    steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    flow_shift: options.FlowShift = None,
+    seed: options.Seed = None,
     budget: Annotated[list[float] | None, typer.Option(help="share of forwards to compute; may be repeated")] = None,
     probes: Annotated[int, typer.Option(help="exact runs spent on how errors grow, at most 6")] = 6,
     climb: Annotated[int, typer.Option(help="cached runs of the search, for each budget")] = 40,
     batch: Annotated[int, typer.Option(help="clips at a time")] = 1,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output if it exists")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="the plans as one JSON object on stdout")] = False,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure what a step cache needs to know of a model, and write the file that `cache.file` takes."""
     from dax.cache.calibrate import BUDGETS, Effort
     from dax.generate.calibrate import Job, run
 
-    def log(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    if model is None:
-        log("no --model: the embedded tiny Wan")
+    options.say_if_tiny(model)
     given = {
         "height": height,
         "width": width,

@@ -1,28 +1,28 @@
 """`dax generate`: a prompt to a clip. The work is in `dax.generate.run`."""
 
 import json
-import sys
 from typing import Annotated
 
 import typer
+
+from dax.cli import options
+from dax.cli.options import log
 
 
 def command(
     prompt: Annotated[str | None, typer.Argument(help="what the clip shows")] = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help=".mp4, .npz (frames) or .png (sheet)")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="diffusers folder or hub id; default: the embedded tiny Wan")
-    ] = None,
-    plan: Annotated[str | None, typer.Option(help="preset or YAML file")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="over --plan, repeated")] = None,
-    height: Annotated[int | None, typer.Option(help="pixels")] = None,
-    width: Annotated[int | None, typer.Option(help="pixels")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="4 n + 1")] = None,
-    steps: Annotated[int | None, typer.Option(help="denoising steps")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 or less: no guidance")] = None,
-    flow_shift: Annotated[float | None, typer.Option(help="shift of the noise levels")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="what it should not show")] = None,
-    seed: Annotated[int | None, typer.Option(help="default 0")] = None,
+    model: options.Model = None,
+    plan: options.Plan = None,
+    sets: options.Sets = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    num_frames: options.NumFrames = None,
+    steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    flow_shift: options.FlowShift = None,
+    negative_prompt: options.NegativePrompt = None,
+    seed: options.Seed = None,
     fps: Annotated[int | None, typer.Option(help="frames per second of the file")] = None,
     from_clip: Annotated[
         str | None, typer.Option("--from", help="an earlier clip: its settings where nothing else is stated")
@@ -30,14 +30,14 @@ def command(
     loras: Annotated[
         list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE]", help="added to the weights, repeated")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
+    device: options.Device = None,
     gpus: Annotated[int, typer.Option(help="ranks on this machine, one GPU each")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output if it exists")] = False,
+    overwrite: options.Overwrite = False,
     round: Annotated[bool, typer.Option("--round", help="move a size to the nearest the model can make")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="read all weights: finite, and as their digests say")
     ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="a fallback is an error")] = False,
+    strict: options.Strict = False,
     min_psnr: Annotated[
         float | None, typer.Option(help="dB: refuse unless the plan is exact or was measured to hold this")
     ] = None,
@@ -45,16 +45,13 @@ def command(
     keep_frames_on_error: Annotated[
         str | None, typer.Option(help="where to save the frames (.npz) if the output cannot be written")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Generate a clip. Its path (or a JSON record) goes to stdout, progress to stderr."""
     from dax.generate.run import Job, generate, last_line
 
-    def log(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     if model is None and from_clip is None:
-        log("no --model: the embedded tiny Wan")
+        options.say_if_tiny(model)
     given = {
         "prompt": prompt,
         "height": height,

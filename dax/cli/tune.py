@@ -1,44 +1,40 @@
 """`dax tune`: the cheapest plan that holds a stated fidelity. The work is in `dax.tune.run`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dax.cli import options
+from dax.cli.options import log
+
 
 def command(
     min_psnr: Annotated[float, typer.Option(help="dB that the mean over prompts must hold against exact")],
     output: Annotated[str, typer.Option("-o", "--output", help=".yaml")] = "plan.yaml",
-    model: Annotated[
-        str | None, typer.Option(help="diffusers folder or hub id; default: the embedded tiny Wan")
-    ] = None,
+    model: options.Model = None,
     prompts: Annotated[str | None, typer.Option(help="text file, one a line, to tune on")] = None,
     held_out: Annotated[str | None, typer.Option(help="text file of other prompts, to verify on")] = None,
     calibration: Annotated[str, typer.Option(help="file of dax calibrate; auto: the one that ships")] = "auto",
-    height: Annotated[int | None, typer.Option(help="pixels")] = None,
-    width: Annotated[int | None, typer.Option(help="pixels")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="4 n + 1")] = None,
-    steps: Annotated[int | None, typer.Option(help="denoising steps")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 or less: no guidance")] = None,
-    flow_shift: Annotated[float | None, typer.Option(help="shift of the noise levels")] = None,
-    seed: Annotated[int | None, typer.Option(help="of the first prompt; the next ones count on")] = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    num_frames: options.NumFrames = None,
+    steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    flow_shift: options.FlowShift = None,
+    seed: options.Seed = None,
     few: Annotated[int, typer.Option(help="prompts on which each setting is measured alone")] = 3,
     max_runs: Annotated[int, typer.Option(help="combinations that are run on all prompts")] = 10,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what is there")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output if it exists")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="the findings as one JSON object on stdout")] = False,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Search attention, linears, step cache and guidance for the cheapest plan that holds a fidelity."""
     from dax.bench.report import command_line, table
     from dax.tune.run import Job, tune
 
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    if model is None:
-        log("no --model: the embedded tiny Wan")
+    options.say_if_tiny(model)
     given = {
         "height": height,
         "width": width,
