@@ -11,7 +11,11 @@ from typing import Any
 
 from dax.errors import DaxError, nearest
 
-SUPPORTED = "Wan2.1 text-to-video (WanPipeline with one 16-channel WanTransformer3DModel)"
+SUPPORTED = (
+    "Wan2.1 text-to-video (WanPipeline with one 16-channel WanTransformer3DModel), image-to-video and "
+    "first-last-frame (WanImageToVideoPipeline with 36 channels and image tokens)"
+)
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 COMPONENTS = {  # of a pipeline folder: library, classes
     "transformer": ("diffusers", "WanTransformer3DModel"),
     "vae": ("diffusers", "AutoencoderKLWan"),
@@ -19,6 +23,11 @@ COMPONENTS = {  # of a pipeline folder: library, classes
     "tokenizer": ("transformers", "T5Tokenizer(Fast)?"),
     "scheduler": ("diffusers", "[A-Za-z]+Scheduler"),
 }
+IMAGE_COMPONENTS = {  # of image-to-video, beside those
+    "image_encoder": ("transformers", "CLIPVisionModel"),
+    "image_processor": ("transformers", "CLIPImageProcessor(Fast|Pil)?"),
+}
+CLIP_TOKENS = 257  # of one image: CLIP ViT-H/14 at 224 x 224 and its class token
 
 
 @dataclass(frozen=True)
@@ -36,9 +45,11 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Facts:
-    """A text-to-video diffusion transformer and its surroundings. Names follow the diffusers config.
+    """A video diffusion transformer and its surroundings. Names follow the diffusers config.
 
     `patch` is (time, height, width) in latent cells; `vae_temporal` and `vae_spatial` are pixels per latent cell.
+    `image_tokens` go before the text's in cross-attention, 0 for text-to-video: CLIP_TOKENS of width `image_dim` for
+    each image; `image_positions` tells whether they get a position embedding, as first-last-frame has.
     """
 
     name: str
@@ -58,6 +69,9 @@ class Facts:
     vae_temporal: int = 4
     vae_spatial: int = 8
     text_tokens: int = 512
+    image_tokens: int = 0
+    image_dim: int | None = None
+    image_positions: bool = False
     full_precision: tuple[str, ...] = ("condition_embedder", "proj_out")  # linear layers that 8 bits leave alone
     family: str = "wan-t2v"
     pipeline_class: str = "WanPipeline"
@@ -73,8 +87,13 @@ class Facts:
         """Height and width in pixels must be multiples of this."""
         return self.vae_spatial * max(self.patch[1:])
 
+    @property
+    def num_images(self) -> int:
+        """Images the transformer is given: none, the first frame, or the first and the last."""
+        return self.image_tokens // CLIP_TOKENS
+
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
-        """(channels, frames, rows, columns) of the latent video."""
+        """(channels, frames, rows, columns) of what the transformer is given: the latent video, and its condition."""
         frames = (num_frames - 1) // self.vae_temporal + 1
         return self.in_channels, frames, height // self.vae_spatial, width // self.vae_spatial
 
@@ -85,10 +104,11 @@ class Facts:
 
     @property
     def num_block_parameters(self) -> int:
-        """Parameters of one block: two attentions, the feed-forward, the norms and the modulation table."""
+        """Parameters of one block: attentions, the feed-forward, the norms and the modulation table."""
         C, F = self.width, self.ffn_dim
         attention = 4 * (C * C + C) + 2 * C  # q k v o with bias, RMS norms of q and k
-        return 2 * attention + (C * F + F) + (F * C + C) + 2 * C * self.cross_attn_norm + 6 * C
+        image = 2 * (C * C + C) + C if self.image_tokens else 0  # k and v, RMS norm of k
+        return 2 * attention + image + (C * F + F) + (F * C + C) + 2 * C * self.cross_attn_norm + 6 * C
 
     @property
     def num_parameters(self) -> int:
@@ -97,6 +117,9 @@ class Facts:
         patches = self.in_channels * cells * C + C
         time = (self.freq_dim * C + C) + (C * C + C) + (C * 6 * C + 6 * C)
         text = (self.text_dim * C + C) + (C * C + C)
+        if width := self.image_dim:  # norm, two layers, norm, positions
+            text += 2 * width + (width * width + width) + (width * C + C) + 2 * C
+            text += self.image_tokens * width * self.image_positions
         head = C * self.out_channels * cells + self.out_channels * cells + 2 * C
         return patches + time + text + head + self.num_layers * self.num_block_parameters
 
@@ -104,8 +127,11 @@ class Facts:
         """The names of all linear layers, as the vendor has them."""
         embedders = ["time_embedder.linear_1", "time_embedder.linear_2", "time_proj"]
         embedders += ["text_embedder.linear_1", "text_embedder.linear_2"]
-        names = [f"condition_embedder.{name}" for name in embedders]
         projections = [f"attn{i}.{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")]
+        if self.image_tokens:
+            embedders += ["image_embedder.ff.net.0.proj", "image_embedder.ff.net.2"]
+            projections += ["attn2.add_k_proj", "attn2.add_v_proj"]
+        names = [f"condition_embedder.{name}" for name in embedders]
         for layer in range(self.num_layers):
             names += [f"blocks.{layer}.{name}" for name in (*projections, "ffn.net.0.proj", "ffn.net.2")]
         return [*names, "proj_out"]
@@ -125,7 +151,19 @@ class Facts:
             "cross_attn_norm": self.cross_attn_norm,
             "eps": self.eps,
             "rope_max_seq_len": self.rope_max_seq_len,
+            "image_dim": self.image_dim,
+            "added_kv_proj_dim": self.width if self.image_tokens else None,
+            "pos_embed_seq_len": self.image_tokens if self.image_positions else None,
         }
+
+
+def image_to_video(name: str, defaults: Defaults, num_images: int = 1) -> Facts:
+    """Wan2.1 14B given its first frame, or its first and its last."""
+    return Facts(
+        name, 40, 40, 128, 13824, defaults,
+        in_channels=36, image_tokens=num_images * CLIP_TOKENS, image_dim=1280, image_positions=num_images == 2,
+        family="wan-i2v", pipeline_class="WanImageToVideoPipeline",
+    )  # fmt: skip
 
 
 FACTS = {
@@ -134,6 +172,9 @@ FACTS = {
         Facts("tiny", 4, 3, 128, 1024, Defaults(128, 128, 17, guidance_scale=4.0, fps=8), text_dim=192),
         Facts("wan2.1-t2v-1.3b", 30, 12, 128, 8960, Defaults(480, 832, 81)),
         Facts("wan2.1-t2v-14b", 40, 40, 128, 13824, Defaults(720, 1280, 81, flow_shift=5.0)),
+        image_to_video("wan2.1-i2v-14b-480p", Defaults(480, 832, 81, steps=40)),
+        image_to_video("wan2.1-i2v-14b-720p", Defaults(720, 1280, 81, steps=40, flow_shift=5.0)),
+        image_to_video("wan2.1-flf2v-14b-720p", Defaults(720, 1280, 81, flow_shift=16.0), num_images=2),
     )
 }
 
@@ -145,19 +186,18 @@ def facts_named(name: str) -> Facts:
     return FACTS[name]
 
 
-def facts_from_config(model_index: dict | None, transformer_config: dict) -> Facts:
+def facts_from_config(model_index: dict | None, transformer_config: dict, flow_shift: float | None = None) -> Facts:
     """Facts of a diffusers folder, from `model_index.json` (None for a bare transformer) and the transformer's config.
 
     A key the config leaves out has the vendor's default, as it has when diffusers loads it.
+    flow_shift   of the scheduler, where known: Wan2.1 I2V 480P and 720P are one config, and this alone tells which of
+                 them is meant; 480P unless it is that of 720P
     DaxError("bad_model") for another family, a variant DAX does not know, or an impossible value.
     """
     if model_index is not None:
         check_model_index(model_index)
     config = check_mapping(transformer_config, "transformer/config.json")
     check_class(config, "transformer/config.json", "WanTransformer3DModel")
-    for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
-        if config.get(key) is not None:
-            refuse(f"transformer/config.json: {key} = {config[key]!r} means image-to-video")
     if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
         refuse(f"transformer/config.json: qk_norm = {config['qk_norm']!r}")
 
@@ -169,12 +209,14 @@ def facts_from_config(model_index: dict | None, transformer_config: dict) -> Fac
             )
         return value
 
-    for key in ("in_channels", "out_channels"):
+    image = config.get("image_dim") is not None
+    for key, known in (("in_channels", 36 if image else 16), ("out_channels", 16)):
         channels = config.get(key, 16)
-        if channels is None and key == "out_channels":
+        if channels is None and key == "out_channels" and not image:  # the vendor takes in_channels
             continue
-        if number(key, 16, 4096) != 16:
-            refuse(f"transformer/config.json: {key} = {channels}{' means image-to-video' if channels == 36 else ''}")
+        if number(key, 16, 4096) != known:
+            why = " without image tokens means Wan2.2 image-to-video" if channels == 36 else ""
+            refuse(f"transformer/config.json: {key} = {channels}{why or ' with image tokens' * image}")
     patch = config.get("patch_size", [1, 2, 2])
     if not isinstance(patch, list | tuple) or list(patch) != [1, 2, 2]:
         refuse(f"transformer/config.json: patch_size = {patch!r}")
@@ -191,6 +233,7 @@ def facts_from_config(model_index: dict | None, transformer_config: dict) -> Fac
         )
     facts = Facts(
         name="",
+        **image_facts(config, number) if image else no_image(config),
         num_layers=number("num_layers", 40, 1000),
         num_heads=number("num_attention_heads", 40, 1000),
         head_dim=head_dim,
@@ -202,16 +245,50 @@ def facts_from_config(model_index: dict | None, transformer_config: dict) -> Fac
         rope_max_seq_len=number("rope_max_seq_len", 1024, 1_000_000),
         defaults=FACTS["wan2.1-t2v-1.3b"].defaults,
     )
-    for known in FACTS.values():
-        if replace(facts, name=known.name, defaults=known.defaults, rope_max_seq_len=known.rope_max_seq_len) == known:
-            return replace(known, rope_max_seq_len=facts.rope_max_seq_len)
-    return replace(facts, name=f"wan-t2v-{facts.num_layers}x{facts.width}")
+    if model_index is not None and model_index["_class_name"] != facts.pipeline_class:
+        refuse(f"model_index.json: {model_index['_class_name']} around a transformer for {facts.pipeline_class}")
+    same = [
+        known
+        for known in FACTS.values()
+        if replace(facts, name=known.name, defaults=known.defaults, rope_max_seq_len=known.rope_max_seq_len) == known
+    ]
+    if same:
+        found = next((known for known in same if known.defaults.flow_shift == flow_shift), same[0])
+        return replace(found, rope_max_seq_len=facts.rope_max_seq_len)
+    return replace(facts, name=f"{facts.family}-{facts.num_layers}x{facts.width}")
+
+
+def image_facts(config: dict, number) -> dict[str, Any]:
+    """What image-to-video adds to the facts. The image's tokens are embedded as wide as the model."""
+    width = number("num_attention_heads", 40, 1000) * number("attention_head_dim", 128, 1024)
+    if config.get("added_kv_proj_dim") != width:
+        refuse(f"transformer/config.json: added_kv_proj_dim = {config.get('added_kv_proj_dim')!r}, not {width}")
+    positions = config.get("pos_embed_seq_len")
+    if positions not in (None, 2 * CLIP_TOKENS):
+        refuse(f"transformer/config.json: pos_embed_seq_len = {positions!r}, not {2 * CLIP_TOKENS}: two images")
+    return {
+        "in_channels": 36,
+        "image_tokens": CLIP_TOKENS if positions is None else positions,
+        "image_dim": number("image_dim", 1280, 100_000),
+        "image_positions": positions is not None,
+        "family": "wan-i2v",
+        "pipeline_class": "WanImageToVideoPipeline",
+    }
+
+
+def no_image(config: dict) -> dict[str, Any]:
+    """Nothing; refuses a text-to-video transformer with parts of image-to-video."""
+    for key in ("added_kv_proj_dim", "pos_embed_seq_len"):
+        if config.get(key) is not None:
+            refuse(f"transformer/config.json: {key} = {config[key]!r} without image_dim")
+    return {}
 
 
 def check_model_index(model_index: dict) -> None:
-    """Refuse a pipeline that is not plain Wan text-to-video or names a foreign class, by its index alone."""
+    """Refuse a pipeline that is not plain Wan2.1 or names a foreign class, by its index alone."""
     index = check_mapping(model_index, "model_index.json")
-    check_class(index, "model_index.json", "WanPipeline")
+    check_class(index, "model_index.json", *PIPELINES)
+    components = COMPONENTS | (IMAGE_COMPONENTS if index["_class_name"] == "WanImageToVideoPipeline" else {})
     for key, value in index.items():
         if key.startswith("_"):
             continue
@@ -221,13 +298,12 @@ def check_model_index(model_index: dict) -> None:
             refuse(f"model_index.json: boundary_ratio = {value!r} means Wan2.2 with two experts")
         if key == "expand_timesteps" and value:
             refuse("model_index.json: expand_timesteps means Wan2.2 TI2V-5B")
-        if isinstance(value, list) and value != [None, None] or key in COMPONENTS and value is not None:
-            check_component(key, value)
+        if isinstance(value, list) and value != [None, None] or key in components and value is not None:
+            check_component(key, value, *components.get(key, ("", "")))
 
 
-def check_component(name: str, value: Any) -> None:
+def check_component(name: str, value: Any, library: str, classes: str) -> None:
     """Refuse a component that is not a class DAX knows for that place, so that nothing foreign is ever imported."""
-    library, classes = COMPONENTS.get(name, ("", ""))
     known = isinstance(value, list) and len(value) == 2 and value[0] == library
     if value != [None, None] and not (known and isinstance(value[1], str) and re.fullmatch(classes, value[1])):
         refuse(f"model_index.json: {name} = {value!r}")
@@ -239,9 +315,9 @@ def check_mapping(value: Any, where: str) -> dict:
     return value
 
 
-def check_class(config: dict, where: str, wanted: str) -> None:
+def check_class(config: dict, where: str, *wanted: str) -> None:
     name = config.get("_class_name")
-    if name != wanted:
+    if name not in wanted:
         refuse(f"{where}: _class_name = {name!r}")
 
 

@@ -63,14 +63,8 @@ def build_random_pipe():
         vae = AutoencoderKLWan(
             base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
         )
-        with torch.no_grad():  # louder than the default: gates near 1, sharp attention, strong residuals
-            for block in transformer.blocks:
-                block.scale_shift_table[:, [2, 5]] += 1.0
-                for attention in (block.attn1, block.attn2):
-                    attention.norm_q.weight.mul_(2.0)
-                    attention.norm_k.weight.mul_(2.0)
-                    attention.to_v.weight.mul_(3.0)
-                    attention.to_out[0].weight.mul_(3.0)
+        with torch.no_grad():
+            louder(transformer)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
     )
@@ -81,6 +75,55 @@ def build_random_pipe():
         part.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def build_image_pipe(num_images: int = 1, heads: int = 2):
+    """WanImageToVideoPipeline of the same parts: 36 channels, a small CLIP of 257 tokens, and louder image keys."""
+    import torch
+    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    parts = build_random_pipe().components
+    width = heads * RANDOM_TRANSFORMER["attention_head_dim"]
+    config = RANDOM_TRANSFORMER | {"num_attention_heads": heads, "in_channels": 36, "image_dim": 16}
+    config |= {"added_kv_proj_dim": width, "pos_embed_seq_len": 514 if num_images == 2 else None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        encoder = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=224,
+                patch_size=14,
+            )  # fmt: skip
+        )
+        transformer = WanTransformer3DModel(**config)
+        with torch.no_grad():
+            for attention in louder(transformer):
+                attention.norm_added_k.weight.mul_(2.0)
+                attention.add_v_proj.weight.mul_(3.0)
+            if num_images == 2:
+                transformer.condition_embedder.image_embedder.pos_embed.normal_()
+    parts |= {"transformer": transformer, "image_encoder": encoder, "image_processor": CLIPImageProcessor()}
+    for part in (encoder, transformer):
+        part.eval().requires_grad_(False)
+    pipe = WanImageToVideoPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def louder(transformer) -> list:
+    """Gates near 1, sharp attention, strong residuals: a part that is wrong shows. Returns the cross-attentions."""
+    for block in transformer.blocks:
+        block.scale_shift_table[:, [2, 5]] += 1.0
+        for attention in (block.attn1, block.attn2):
+            attention.norm_q.weight.mul_(2.0)
+            attention.norm_k.weight.mul_(2.0)
+            attention.to_v.weight.mul_(3.0)
+            attention.to_out[0].weight.mul_(3.0)
+    return [block.attn2 for block in transformer.blocks]
 
 
 @pytest.fixture

@@ -207,7 +207,9 @@ def turn_otherwise(monkeypatch, change):
         lambda m: turn_otherwise(m, lambda cos, sin: (cos, -sin)),
         lambda m: turn_otherwise(m, lambda cos, sin: (cos.roll(1, 0), sin.roll(1, 0))),
         lambda m: m.setattr(wan, "project", lambda attn, x: (attn.to_q(x), *2 * [attn.to_k(x)])),
-        lambda m: m.setattr(wan, "text_operands", lambda *x, right=wan.text_operands: right(*x)[::-1]),
+        lambda m: m.setattr(
+            wan, "text_operands", lambda *x, right=wan.text_operands: tuple(pair[::-1] for pair in right(*x))
+        ),
         lambda m: m.setitem(dense.RUN, "sdpa", lambda q, k, v, scale: dense.sdpa(q, k, v, 1.0)),
         lambda m: m.setitem(dense.RUN, "sdpa", lambda q, k, v, scale: dense.sdpa(q, k, v).flip(2)),
     ],

@@ -21,6 +21,12 @@ INDEX = {
     "transformer_2": [None, None],
     "vae": ["diffusers", "AutoencoderKLWan"],
 }
+I2V_INDEX = INDEX | {
+    "_class_name": "WanImageToVideoPipeline",
+    "image_encoder": ["transformers", "CLIPVisionModel"],
+    "image_processor": ["transformers", "CLIPImageProcessor"],
+}
+IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 384}
 
 
 def config_of(name: str) -> dict:
@@ -36,7 +42,11 @@ def test_counts_equal_the_vendors_modules(name):
     assert sum(p.numel() for p in model.blocks[0].parameters()) == facts.num_block_parameters
     assert len(model.blocks) == facts.num_layers
     assert (model.blocks[0].attn1.heads, model.blocks[0].attn1.inner_dim) == (facts.num_heads, facts.width)
-    assert facts_from_config(INDEX, {"_class_name": "WanTransformer3DModel"} | dict(model.config)) == facts
+    index = I2V_INDEX if facts.image_tokens else INDEX
+    config = {"_class_name": "WanTransformer3DModel"} | dict(model.config)
+    assert facts_from_config(index, config, facts.defaults.flow_shift) == facts
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert sorted(facts.linear_layers()) == sorted(linears)
 
 
 def test_sizes_in_words():
@@ -46,6 +56,8 @@ def test_sizes_in_words():
     assert FACTS["wan2.1-t2v-1.3b"].tokens(480, 832, 81) == 32760
     assert FACTS["tiny"].latent_shape(128, 128, 17) == (16, 5, 16, 16)
     assert FACTS["tiny"].size_multiple == 16
+    assert round(FACTS["wan2.1-i2v-14b-480p"].num_parameters / 1e9, 1) == 16.4
+    assert [FACTS[name].num_images for name in ("tiny", "wan2.1-i2v-14b-720p", "wan2.1-flf2v-14b-720p")] == [0, 1, 2]
 
 
 def test_tokens_equal_the_vendors(random_pipe):
@@ -60,6 +72,14 @@ def test_tokens_equal_the_vendors(random_pipe):
 def test_a_config_of_other_sizes_is_wan_too():
     facts = facts_from_config(None, config_of("tiny") | {"num_layers": 3})
     assert (facts.num_layers, facts.name) == (3, "wan-t2v-3x384")
+
+
+def test_the_two_sizes_of_image_to_video_are_told_apart_by_flow_shift():
+    """They are one config."""
+    config = config_of("wan2.1-i2v-14b-720p")
+    for shift, size in ((3.0, "480p"), (5.0, "720p"), (None, "480p")):
+        assert facts_from_config(I2V_INDEX, config, shift).name == f"wan2.1-i2v-14b-{size}"
+    assert facts_from_config(None, config_of("tiny") | IMAGE).name == "wan-i2v-4x384"
 
 
 def test_unknown_name_offers_the_nearest():
@@ -130,9 +150,16 @@ def test_a_class_name_list_in_the_transformer_is_refused():
 FOREIGN = {
     "flux": (INDEX | {"_class_name": "FluxPipeline"}, {"_class_name": "FluxTransformer2DModel"}),
     "flux bare": (None, {"_class_name": "FluxTransformer2DModel", "num_layers": 19}),
-    "wan i2v pipeline": (INDEX | {"_class_name": "WanImageToVideoPipeline"}, {}),
+    "wan i2v pipeline, t2v inside": (INDEX | {"_class_name": "WanImageToVideoPipeline"}, {}),
+    "wan t2v pipeline, i2v inside": (INDEX, IMAGE),
+    "wan2.2 i2v": (INDEX | {"_class_name": "WanImageToVideoPipeline"}, {"in_channels": 36}),
+    "wan2.2 i2v experts": (I2V_INDEX | {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, IMAGE),
+    "wan i2v in 16 channels": (I2V_INDEX, IMAGE | {"in_channels": 16}),
+    "wan i2v, image keys of another width": (I2V_INDEX, IMAGE | {"added_kv_proj_dim": 5120}),
+    "wan i2v, three images": (I2V_INDEX, IMAGE | {"pos_embed_seq_len": 771}),
+    "image keys without an image": (INDEX, {"added_kv_proj_dim": 384}),
+    "vace pipeline": (INDEX | {"_class_name": "WanVACEPipeline"}, {"_class_name": "WanVACETransformer3DModel"}),
     "wan i2v 36 channels": (INDEX, {"in_channels": 36}),
-    "wan i2v image tokens": (INDEX, {"image_dim": 1280, "added_kv_proj_dim": 5120}),
     "wan2.2 two experts": (INDEX | {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, {}),
     "wan2.2 boundary": (INDEX | {"boundary_ratio": 0.875}, {}),
     "wan2.2 5b": (INDEX | {"expand_timesteps": True}, {"in_channels": 48, "out_channels": 48}),

@@ -81,7 +81,7 @@ def test_row_23_a_hub_id_in_the_cache_needs_no_network(folder, tmp_path, monkeyp
         ("transformer", "num_attention_heads", 0, "num_attention_heads"),
         ("transformer", "ffn_dim", "128", "ffn_dim"),
         ("vae", "base_dim", 8, "of another shape"),
-        ("vae", "z_dim", 8, "the transformer's in_channels is 16"),
+        ("vae", "z_dim", 8, "the transformer's out_channels is 16"),
         ("vae", "latents_std", [0.0] * 16, "latents_std must be 16 numbers above 0"),
         ("vae", "latents_mean", [1.0] * 15, "latents_mean must be 16 numbers"),
         ("text_encoder", "d_model", 64, "the transformer's text_dim is 32"),
@@ -169,7 +169,7 @@ def test_row_33_foreign_classes_are_refused(folder, file, values, says):
     ("file", "values"),
     [
         ("model_index.json", {"_class_name": "FluxPipeline"}),
-        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}),
+        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}),  # around a text-to-video transformer
         ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}),
         ("model_index.json", {"boundary_ratio": 0.9}),
         ("transformer/config.json", {"_class_name": "FluxTransformer2DModel"}),

@@ -1,14 +1,15 @@
 """FLOPs and bytes against figures counted by hand and by others."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from dax.bench import roofline
-from dax.facts import facts_named
+from dax.facts import CLIP_TOKENS, facts_named
 
 WAN14B = facts_named("wan2.1-t2v-14b")
 TOKENS = 75_600
+ONE_IMAGE = {"in_channels": 36, "image_tokens": 257, "image_dim": 80}
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,22 @@ def test_a_layer_costs_the_difference_between_two_depths():
     assert three - two == roofline.total(roofline.block_operations(WAN14B, TOKENS))[0]
 
 
-def test_flops_agree_with_torch_counting_the_real_module():
+@pytest.mark.parametrize("images", [{}, ONE_IMAGE, ONE_IMAGE | {"image_tokens": 514, "image_positions": True}])
+def test_flops_agree_with_torch_counting_the_real_module(images):
     """The tiny model's forward on the meta device, counted by torch's own flop counter."""
     torch = pytest.importorskip("torch")
     from diffusers import WanTransformer3DModel
     from torch.utils.flop_counter import FlopCounterMode
 
-    tiny = facts_named("tiny")
+    tiny = replace(facts_named("tiny"), **images)
     with torch.device("meta"):
         model = WanTransformer3DModel(**tiny.transformer_config())
         latents = torch.empty(1, *tiny.latent_shape(64, 96, 9))
         text = torch.empty(1, tiny.text_tokens, tiny.text_dim)
         timestep = torch.empty(1)
+        image = torch.empty(tiny.num_images, CLIP_TOKENS, tiny.image_dim) if images else None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(latents, timestep, text, return_dict=False)
+        model(latents, timestep, text, image, return_dict=False)
     assert roofline.total(roofline.forward_operations(tiny, 64, 96, 9))[0] == counter.get_total_flops()
 
 
@@ -103,6 +106,29 @@ def test_fusing_saves_elementwise_time_only():
     saved = roofline.seconds(operations, Card()) - roofline.seconds(operations, Card(), fused=True)
     _, eager, fused = roofline.total(operations, "elementwise")
     assert saved == pytest.approx((eager - fused) / 1e12)
+
+
+def test_an_image_adds_its_attention_and_nothing_else():
+    """Wan2.1 I2V at 720p: 4 x 75600 x 257 x 5120 FLOPs of attention and two products of 257 rows, in each block."""
+    image, plain = (
+        roofline.block_operations(facts_named(f"wan2.1-{kind}"), TOKENS) for kind in ("i2v-14b-720p", "t2v-14b")
+    )
+    added = named(image).keys() - named(plain).keys()
+    assert added == {"cross k, v of the image", "image attention", "add image attention"}
+    assert roofline.total(image)[0] - roofline.total(plain)[0] == 4 * TOKENS * 257 * 5120 + 2 * 2 * 257 * 5120**2
+
+
+def test_weights_of_image_to_video_are_the_vendors():
+    """In bytes, as loaded: bf16 but for the parts that the vendor keeps in fp32."""
+    torch = pytest.importorskip("torch")
+    from diffusers import WanTransformer3DModel
+
+    facts = facts_named("wan2.1-flf2v-14b-720p")
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**facts.transformer_config())
+    kept = set(model._keep_in_fp32_modules)
+    counted = sum(p.numel() * (4 if kept & set(name.split(".")) else 2) for name, p in model.named_parameters())
+    assert roofline.weight_bytes(facts) == counted
 
 
 def test_weights_of_14b():

@@ -24,7 +24,7 @@ def calls_of(facts: Facts, model, size: Size, device: str):
 def block_inputs(facts: Facts, model, size: Size, device: str) -> dict:
     """What a block is called with.
 
-    hidden_states [1, S, C], text [1, T, C], temb [1, 6, C]   bf16, Gaussian, the same for the same device
+    hidden_states [1, S, C], text [1, I + T, C], temb [1, 6, C]   bf16, Gaussian, the same for the same device
     rotary_emb    the model's own (cos, sin) table of that size
     """
     import torch
@@ -40,7 +40,7 @@ def block_inputs(facts: Facts, model, size: Size, device: str) -> dict:
         rotary_emb = model.rope(torch.empty(1, device=device).expand(1, *latents))
     return {
         "hidden_states": gaussian(1, tokens, facts.width),
-        "text": gaussian(1, facts.text_tokens, facts.width),
+        "text": gaussian(1, facts.image_tokens + facts.text_tokens, facts.width),
         "temb": gaussian(1, 6, facts.width, std=0.5),
         "rotary_emb": rotary_emb,
     }

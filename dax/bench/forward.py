@@ -2,7 +2,7 @@
 
 from dax.bench import roofline
 from dax.bench.size import Size
-from dax.facts import Facts
+from dax.facts import CLIP_TOKENS, Facts
 
 
 def calls_of(facts: Facts, model, size: Size, device: str):
@@ -16,10 +16,11 @@ def calls_of(facts: Facts, model, size: Size, device: str):
 
     latents = gaussian(1, *facts.latent_shape(size.height, size.width, size.num_frames))
     text = gaussian(1, facts.text_tokens, facts.text_dim)
+    images = gaussian(facts.num_images, CLIP_TOKENS, facts.image_dim) if facts.num_images else None
     timestep = torch.tensor([500], device=device)
 
     def calls(arranged):
-        return lambda: arranged(latents, timestep, text, return_dict=False)[0]
+        return lambda: arranged(latents, timestep, text, images, return_dict=False)[0]
 
     return calls, 0
 

@@ -14,7 +14,11 @@ def facts_of(model: str) -> Facts:
     folder = Path(model)
     if not folder.is_dir():
         return facts_named(model)
-    return facts_from_config(read_json(folder / "model_index.json"), read_json(folder / "transformer" / "config.json"))
+    index, config = read_json(folder / "model_index.json"), read_json(folder / "transformer" / "config.json")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    found = read_json(scheduler) if scheduler.is_file() else None
+    shift = found.get("flow_shift") if isinstance(found, dict) else None
+    return facts_from_config(index, config, shift)
 
 
 def read_json(path: Path) -> dict:
@@ -44,7 +48,7 @@ def random(facts: Facts, device: str, num_layers: int):
     generator = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("norm_q.weight", "norm_k.weight")):
+            if name.endswith(("norm_q.weight", "norm_k.weight", "norm_added_k.weight")):
                 weight.normal_(1.0, 0.1, generator=generator).mul_(LOGIT_STD**0.5)
     return model
 

@@ -64,11 +64,16 @@ def block_operations(
     The elementwise rows count every read and write of the stock block, in units of U = 2 S C bytes. Fused, a group that
     spans two rows (a gate and the norm after it) is booked on the later one, the last gate on the next norm1.
     """
-    S, C, F, T = tokens, facts.width, facts.ffn_dim, facts.text_tokens
+    S, C, F, T, I = tokens, facts.width, facts.ffn_dim, facts.text_tokens, facts.image_tokens  # noqa: E741
     U = 2 * S * C
     out = 0.5 if gemm_dtype in EIGHT_BITS else 1  # of what a fused pass writes for the next product
     gelu = 2 * 2 * S * F  # read and write S x F in bf16
     affine = 10 * U if facts.cross_attn_norm else 0
+    image = [
+        gemm("cross k, v of the image", I, C, C, "bf16", 2 * count),
+        attention("image attention", S, I, C, "bf16", count),
+        elementwise("add image attention", 3 * U, 3 * U, count),
+    ]
     return [
         elementwise("norm1, modulate", 18 * U, (3 + out) * U, count),
         gemm("self q, k, v", S, C, C, gemm_dtype, 3 * count),
@@ -82,6 +87,7 @@ def block_operations(
         gemm("cross k, v of the text", T, C, C, "bf16", 2 * count),
         elementwise("cross q RMS norm", 2 * U, 2 * U, count),
         attention("cross-attention", S, T, C, "bf16", count),
+        *(image if I else []),
         gemm("cross out", S, C, C, gemm_dtype, count),
         elementwise("residual", 3 * U, 0, count),
         elementwise("norm3, modulate", 18 * U, (3 + out) * U, count),
@@ -106,6 +112,10 @@ def forward_operations(
     cells = prod(facts.patch)
     U = 2 * S * C
     layers = facts.num_layers if num_layers is None else num_layers
+    image = [
+        gemm("image embedding, in", facts.image_tokens, facts.image_dim or 0, facts.image_dim or 0),
+        gemm("image embedding, out", facts.image_tokens, facts.image_dim or 0, C),
+    ]
     return [
         gemm("patch embedding", S, facts.in_channels * cells, C),
         gemm("time embedding, in", 1, facts.freq_dim, C),
@@ -113,6 +123,7 @@ def forward_operations(
         gemm("time projection", 1, C, 6 * C),
         gemm("text embedding, in", T, facts.text_dim, C),
         gemm("text embedding, out", T, C, C),
+        *(image if facts.image_tokens else []),
         *block_operations(facts, S, gemm_dtype, attention_dtype, layers),
         elementwise("head norm, modulate", 18 * U, 2 * U),
         gemm("head", S, C, facts.out_channels * cells),
@@ -142,8 +153,11 @@ def weight_bytes(facts: Facts, num_layers: int | None = None, eight_bits: bool =
     C, layers = facts.width, facts.num_layers if num_layers is None else num_layers
     parameters = facts.num_parameters - (facts.num_layers - layers) * facts.num_block_parameters
     time_embedder = (facts.freq_dim * C + C) + (C * C + C)
-    kept = time_embedder + 2 * C + layers * (6 * C + 2 * C * facts.cross_attn_norm)
-    saved = layers * (8 * C * C + 2 * C * facts.ffn_dim - 4 * (9 * C + facts.ffn_dim)) if eight_bits else 0
+    image_norms = 2 * (facts.image_dim + C) if facts.image_dim else 0
+    kept = time_embedder + 2 * C + image_norms + layers * (6 * C + 2 * C * facts.cross_attn_norm)
+    square = 10 if facts.image_tokens else 8  # products of C columns and C rows
+    saved = layers * (square * C * C + 2 * C * facts.ffn_dim - 4 * ((square + 1) * C + facts.ffn_dim))
+    saved *= eight_bits
     return 2 * parameters + 2 * kept - saved
 
 

@@ -29,7 +29,7 @@ def bench(model: str | None, size, warm_up_s: float, timed_s: float, device: str
     facts, device = facts_of(model or "tiny"), machine(device).device
     pixels = checked_size(facts, size)
     gpu = device.startswith("cuda")
-    model = stand_in((1, *facts.latent_shape(**asdict(pixels))), device)
+    model = stand_in((1, facts.out_channels, *facts.latent_shape(**asdict(pixels))[1:]), device)
     row = (COMPUTE,) * MOST_WEIGHTS + (WEIGHTS,) * 3
     steps = len(row)
     edits, plan = Edits(), StepPlan(row, row, "a timed table")

@@ -79,6 +79,12 @@ def preflight(folder: Path) -> Checked:
     check_code(folder)
     configs = {part: read_config(folder / part / "config.json") for part in STEMS}
     facts = facts_from_config(index, configs["transformer"])
+    if facts.image_tokens:
+        raise bad(
+            folder / "model_index.json",
+            f"{facts.pipeline_class} ({facts.name}): dax explain, dax bench block and forward, and dax.optimize() know "
+            "image-to-video; dax generate takes text-to-video only so far",
+        )
     for part in PARTS:
         if index.get(part) in (None, [None, None]):
             raise bad(folder / "model_index.json", f"names no {part}")
@@ -154,8 +160,8 @@ def check_vae(path: Path, config: dict, facts: Facts) -> None:
     if config.get("_class_name") != "AutoencoderKLWan":
         raise bad(path, f"_class_name = {config.get('_class_name')!r}; supported: AutoencoderKLWan")
     z = config.get("z_dim", 16)
-    if z != facts.in_channels:
-        raise bad(path, f"z_dim = {z!r}, but the transformer's in_channels is {facts.in_channels}")
+    if z != facts.out_channels:
+        raise bad(path, f"z_dim = {z!r}, but the transformer's out_channels is {facts.out_channels}")
     for key in ("latents_mean", "latents_std"):
         values = config.get(key)
         real = isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e6 for v in values)

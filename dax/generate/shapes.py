@@ -19,7 +19,7 @@ def conv(name: str, outputs: int, inputs: int, *kernel: int) -> Shapes:
 
 
 def transformer_shapes(facts: Facts) -> Shapes:
-    """WanTransformer3DModel, text-to-video."""
+    """WanTransformer3DModel, with or without the parts for images."""
     C, F = facts.width, facts.ffn_dim
     embedder = "condition_embedder"
     shapes = {
@@ -30,12 +30,22 @@ def transformer_shapes(facts: Facts) -> Shapes:
         **linear(f"{embedder}.text_embedder.linear_1", C, facts.text_dim),
         **linear(f"{embedder}.text_embedder.linear_2", C, C),
     }
+    if width := facts.image_dim:
+        image = f"{embedder}.image_embedder"
+        shapes |= linear(f"{image}.ff.net.0.proj", width, width) | linear(f"{image}.ff.net.2", C, width)
+        for norm, size in (("norm1", width), ("norm2", C)):
+            shapes |= {f"{image}.{norm}.weight": (size,), f"{image}.{norm}.bias": (size,)}
+        if facts.image_positions:
+            shapes[f"{image}.pos_embed"] = (1, facts.image_tokens, width)
     for i in range(facts.num_layers):
         block = f"blocks.{i}"
         for attention in ("attn1", "attn2"):
             for projection in ("to_q", "to_k", "to_v", "to_out.0"):
                 shapes |= linear(f"{block}.{attention}.{projection}", C, C)
             shapes |= {f"{block}.{attention}.{norm}.weight": (C,) for norm in ("norm_q", "norm_k")}
+        if facts.image_tokens:
+            shapes |= linear(f"{block}.attn2.add_k_proj", C, C) | linear(f"{block}.attn2.add_v_proj", C, C)
+            shapes[f"{block}.attn2.norm_added_k.weight"] = (C,)
         if facts.cross_attn_norm:
             shapes |= {f"{block}.norm2.weight": (C,), f"{block}.norm2.bias": (C,)}
         shapes |= linear(f"{block}.ffn.net.0.proj", F, C) | linear(f"{block}.ffn.net.2", C, F)

@@ -1,8 +1,8 @@
-"""Keys and values of the text in every cross-attention layer, computed once a prompt instead of once a forward.
+"""Keys and values of text and image in every cross-attention layer, computed once a prompt, not once a forward.
 
-They depend on the prompt's embedding and on weights alone. A forward of the transformer announces the embedding it was
-given; what was computed for it serves as long as that very tensor lives, neither it nor a weight was changed in place,
-and the run goes on. The results are the same bits as without.
+They depend on the embeddings of prompt and image and on weights alone. A forward of the transformer announces the ones
+it was given; what was computed for them serves as long as those very tensors live, neither they nor a weight were
+changed in place, and the run goes on. The results are the same bits as without.
 """
 
 import weakref
@@ -17,25 +17,27 @@ MOST_PROMPTS = 4  # remembered at a time: guidance has two
 
 
 class TextMemory:
-    """{prompt embedding: {layer: (k, v)}} of one pipeline's transformers; keeps no embedding alive."""
+    """{prompt and image embedding: {layer: operands}} of one pipeline's transformers; keeps no embedding alive."""
 
     def __init__(self):
-        self.known: dict[tuple, tuple] = {}  # ids of transformer and embedding: (its reference, state, {layer: entry})
+        self.known: dict[tuple, tuple] = {}  # ids of transformer and embeddings: (references, state, {layer: entry})
         self.layers: dict | None = None  # of the forward under way; None: remember nothing
 
     def announce(self, transformer, args, kwargs) -> None:
         """A hook before the transformer's forward: whose text the coming layers see."""
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-        state = None if text is None or torch.is_grad_enabled() else version(transformer.condition_embedder, text)
+        image = kwargs.get("encoder_hidden_states_image", args[3] if len(args) > 3 else None)
+        given = (text,) if image is None else (text, image)
+        state = None if text is None or torch.is_grad_enabled() else version(transformer.condition_embedder, *given)
         if state is None:
             self.layers = None
             return
-        key = id(transformer), id(text)
+        key = id(transformer), *map(id, given)
         known = self.known.get(key)
-        if known is None or known[0]() is not text or known[1] != state:
+        if known is None or known[1] != state or any(ref() is not x for ref, x in zip(known[0], given)):
             while len(self.known) >= MOST_PROMPTS:
                 del self.known[next(iter(self.known))]
-            known = weakref.ref(text, lambda gone: self.forget(key, gone)), state, {}
+            known = tuple(weakref.ref(x, lambda gone: self.forget(key, gone)) for x in given), state, {}
             self.known[key] = known
         self.layers = known[2]
 
@@ -54,7 +56,7 @@ class TextMemory:
         return entry[1]
 
     def forget(self, key: tuple, gone) -> None:
-        if key in self.known and self.known[key][0] is gone:
+        if key in self.known and any(ref is gone for ref in self.known[key][0]):
             del self.known[key]
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""Wan text-to-video: where DAX stands in diffusers' WanTransformer3DModel, and how to build one of random weights.
+"""Wan: where DAX stands in diffusers' WanTransformer3DModel, and how to build one of random weights.
 
 The seams are the list of blocks and the processor of each attention. The processor restates the vendor's own around a
 backend of DAX, in functions that a fused block calls too; `check_processor` compares the two on small numbers before a
@@ -19,6 +19,7 @@ from dax.errors import DaxError
 from dax.facts import Facts, facts_from_config
 from dax.models.text_memory import TextMemory
 
+TEXT_TOKENS = 512  # the vendor's: with an image, whatever comes before the last 512 tokens is of the image
 INDEX_KEYS = ("_class_name", "transformer", "transformer_2", "boundary_ratio", "expand_timesteps")
 
 
@@ -52,7 +53,7 @@ def vendor() -> tuple[type, type]:
 
 
 def target_of(model) -> Target:
-    """A WanPipeline or a bare WanTransformer3DModel as a Target.
+    """A WanPipeline, a WanImageToVideoPipeline or a bare WanTransformer3DModel as a Target.
 
     DaxError("bad_model") for any other family, from class names and configs alone.
     """
@@ -68,7 +69,8 @@ def target_of(model) -> Target:
     if not hasattr(transformer, "config"):
         raise DaxError("bad_model", f"{type(model).__name__} has no transformer that DAX knows")
     index = {key: value for key, value in config_of(model).items() if key in INDEX_KEYS}  # schedulers may be one's own
-    facts = facts_from_config(index, config_of(getattr(transformer, "_orig_mod", transformer)))
+    shift = getattr(getattr(model, "scheduler", None), "config", {}).get("flow_shift")
+    facts = facts_from_config(index, config_of(getattr(transformer, "_orig_mod", transformer)), shift)
     if hasattr(transformer, "_orig_mod"):
         raise DaxError(
             "bad_request", "pipe.transformer is compiled already: pass it uncompiled and set compile = blocks"
@@ -85,10 +87,10 @@ def config_of(model) -> dict:
 class WanProcessor:
     """The attention of a Wan layer around a backend. One object serves every layer of a kind.
 
-    hidden_states  [B, S, C]   encoder_hidden_states  [B, T, text C] or None: self-attention
+    hidden_states  [B, S, C]   encoder_hidden_states  [B, I + T, C] or None: self-attention
     rotary_emb     (cos, sin), each [1, S, 1, D] with every value twice, or None
     returns        [B, S, C]
-    text           the memory of the text's keys and values, or None to compute them anew each time
+    text           the memory of the text's and image's keys and values, or None to compute them anew each time
     """
 
     def __init__(self, backend: Backend, text: TextMemory | None = None):
@@ -141,20 +143,35 @@ def attend_heads(attn, q, k, v, rotary_emb, backend: Backend):
 def attend_text(attn, q, text, backend: Backend, memory: TextMemory | None = None):
     """Cross-attention of a layer, from its projected queries to what its output projection takes.
 
-    q        [B, S, C]       text  [B, T, C]  the embedded text
-    returns  [B, S, C]       the text's keys and values come from `memory` if it has them
+    q        [B, S, C]       text  [B, T, C]  the embedded text, after the I tokens of an image where the model has one
+    returns  [B, S, C]       attention over the text plus attention over the image; their keys and values come from
+                             `memory` if it has them
     """
-    k, v = text_operands(attn, text) if memory is None else memory.get(attn, text, text_operands)
+    operands = text_operands(attn, text) if memory is None else memory.get(attn, text, text_operands)
     turn = turn_of(attn, None)
     q = turned(q, attn.heads, turn.q_weight, None, None, turn.eps)
-    return backend.attend((q, k, v), text.shape[1]).flatten(2)
+    of_text, *of_image = (backend.attend((q, k, v), k.shape[1]).flatten(2) for k, v in operands)
+    return of_text + of_image[0] if of_image else of_text
 
 
 def text_operands(attn, text):
-    """Keys, normed, and values of the embedded text: [B, T, H, D] each."""
-    k, v = attn.to_kv(text).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(text), attn.to_v(text))
-    turn = turn_of(attn, None)
-    return turned(k, attn.heads, turn.k_weight, None, None, turn.eps), v.unflatten(2, (attn.heads, -1))
+    """((keys, values) of the text, and those of the image where the model has one): [B, T, H, D] each, keys normed."""
+    if attn.add_k_proj is None:
+        return (key_value(attn, text, "to_kv", "to_k", "to_v", attn.norm_k),)
+    images = text.shape[1] - TEXT_TOKENS
+    return (
+        key_value(attn, text[:, images:], "to_kv", "to_k", "to_v", attn.norm_k),
+        key_value(attn, text[:, :images], "to_added_kv", "add_k_proj", "add_v_proj", attn.norm_added_k),
+    )
+
+
+def key_value(attn, x, both: str, key: str, value: str, norm):
+    """Keys, normed, and values [B, T, H, D] of tokens, by the layer's projections of those names."""
+    if attn.fused_projections:
+        k, v = getattr(attn, both)(x).chunk(2, dim=-1)
+    else:
+        k, v = getattr(attn, key)(x), getattr(attn, value)(x)
+    return turned(k, attn.heads, norm.weight, None, None, norm.eps), v.unflatten(2, (attn.heads, -1))
 
 
 def turn_of(attn, rotary_emb) -> Turn:
@@ -214,14 +231,16 @@ def check_processor() -> None:
     """Run DAX's processor and the vendor's on one small layer of each kind. DaxError("check_failed") if they differ."""
     WanAttention, WanAttnProcessor = vendor()
     S, T, H, D = 6, 5, 2, 8
+    kinds = {"self": (0, {}), "cross": (T, {"cross_attention_dim_head": D})}
+    kinds["image"] = (T + TEXT_TOKENS, kinds["cross"][1] | {"added_kv_proj_dim": H * D})
     angle = torch.arange(S * D / 2).view(1, S, 1, D // 2).repeat_interleave(2, dim=-1)
     with small_numbers():
-        for cross in (False, True):
-            layer = WanAttention(H * D, H, D, eps=1e-6, cross_attention_dim_head=D if cross else None)
+        for kind, (tokens, options) in kinds.items():
+            layer = WanAttention(H * D, H, D, eps=1e-6, **options)
             for parameter in layer.parameters():
                 parameter.normal_()
-            x, text = torch.randn(1, S, H * D), torch.randn(1, T, H * D) if cross else None
-            rotary = None if cross else (angle.cos(), angle.sin())
+            x, text = torch.randn(1, S, H * D), torch.randn(1, tokens, H * D) if tokens else None
+            rotary = None if tokens else (angle.cos(), angle.sin())
             theirs = WanAttnProcessor()(layer, x, text, None, rotary)
             ours = WanProcessor(backend_of("sdpa"))(layer, x, text, None, rotary)
             error = ((ours - theirs).norm() / theirs.norm()).item()
@@ -230,7 +249,7 @@ def check_processor() -> None:
 
                 raise DaxError(
                     "check_failed",
-                    f"diffusers {diffusers.__version__} computes Wan's {'cross' if cross else 'self'}-attention "
+                    f"diffusers {diffusers.__version__} computes Wan's {kind}-attention "
                     f"otherwise than DAX (relative difference {error:.1e}): install another diffusers, or report it",
                 )
 

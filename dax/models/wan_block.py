@@ -18,7 +18,7 @@ from dax.errors import DaxError
 from dax.kernels.gated_residual import gated_residual
 from dax.kernels.norm_modulate import norm_modulate, norm_modulate_quantize
 from dax.kernels.scaled_linear import scaled_linear
-from dax.models.wan import WanProcessor, attend_heads, attend_text, small_numbers
+from dax.models.wan import TEXT_TOKENS, WanProcessor, attend_heads, attend_text, small_numbers
 from dax.quant.linear import QuantLinear
 
 Activation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # bf16, or 8 bits and a scale for each token
@@ -27,7 +27,7 @@ Activation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # bf16, or 8 bits
 def block_forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb):
     """What WanTransformerBlock.forward computes.
 
-    hidden_states [B, S, C]   encoder_hidden_states [B, T, C]   temb [B, 6, C]   rotary_emb as in WanProcessor
+    hidden_states [B, S, C]   encoder_hidden_states [B, I + T, C]   temb [B, 6, C]   rotary_emb as in WanProcessor
     returns       [B, S, C]   in hidden_states' dtype; norms, gates and residuals in fp32 inside
     """
     x, text = hidden_states, encoder_hidden_states
@@ -212,13 +212,13 @@ def difference() -> str | None:
 
     from dax.attention import backend_of
 
-    S, T, H, D = 6, 5, 2, 8
+    S, T, H, D = 6, TEXT_TOKENS + 5, 2, 8  # 5 tokens of an image
     angle = torch.arange(S * D / 2).view(1, S, 1, D // 2).repeat_interleave(2, dim=-1)
     try:
         from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
         with small_numbers():
-            block = WanTransformerBlock(H * D, 32, H, cross_attn_norm=True).eval()
+            block = WanTransformerBlock(H * D, 32, H, cross_attn_norm=True, added_kv_proj_dim=H * D).eval()
             for parameter in block.parameters():
                 parameter.normal_()
             args = (torch.randn(2, S, H * D), torch.randn(2, T, H * D), torch.randn(2, 6, H * D))

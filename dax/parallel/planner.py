@@ -163,7 +163,7 @@ def compute_s(facts: Facts, tokens: int, topology: Topology, cluster: Cluster, o
     if only_attention:
         return attention / topology.sequence
     linear = S * (12 * C * C + 4 * C * F) / cluster.linear
-    cross = 4 * S * facts.text_tokens * C / cluster.cross
+    cross = 4 * S * (facts.text_tokens + facts.image_tokens) * C / cluster.cross
     return (attention + linear + cross + cluster.traffic * 2 * S * C / cluster.memory) / topology.sequence
 
 
