@@ -16,13 +16,18 @@ def calls_of(facts: Facts, model, size: Size, device: str):
 
     latents = gaussian(1, *facts.latent_shape(size.height, size.width, size.num_frames))
     text = gaussian(1, facts.text_tokens, facts.text_dim)
-    images = gaussian(facts.num_images, CLIP_TOKENS, facts.image_dim) if facts.num_images else None
+    images = image_embeds(facts, gaussian)
     timestep = torch.tensor([500], device=device)
 
     def calls(arranged):
         return lambda: arranged(latents, timestep, text, images, return_dict=False)[0]
 
     return calls, 0
+
+
+def image_embeds(facts: Facts, gaussian):
+    """[images, CLIP tokens, image_dim] as the image encoder gives them; None for text-to-video."""
+    return gaussian(facts.num_images, CLIP_TOKENS, facts.image_dim) if facts.num_images else None
 
 
 def operations_of(

@@ -12,6 +12,7 @@ from math import ceil
 from statistics import median
 
 from dax.bench import report, rivals
+from dax.bench.forward import image_embeds
 from dax.bench.model import build, facts_of
 from dax.bench.size import checked_size
 from dax.errors import DaxError
@@ -90,7 +91,7 @@ def measure(facts, pixels: dict, layers: int, plan, gpus, warm_up_s, timed_s, de
     if device == "cuda":
         torch.cuda.set_device(here.local_rank)
     transformer = build(facts, None, device, layers)
-    alone, engine = arranged(transformer, plan, None)
+    alone, engine = arranged(facts, transformer, plan, None)
     eight_bits = engine.plan.attention.kernel == "int8"
     tokens = facts.tokens(**pixels)
     with torch.no_grad(), joined(here, device, {"code": code_digest()}):
@@ -98,7 +99,7 @@ def measure(facts, pixels: dict, layers: int, plan, gpus, warm_up_s, timed_s, de
         ready, rows = {}, []
         one = Way("one GPU, the slower", {})
         for way in (one, *ways(gpus, chunks, eight_bits)):
-            pipe, engine = (alone, engine) if way is one else arranged(transformer, plan, way.parallel)
+            pipe, engine = (alone, engine) if way is one else arranged(facts, transformer, plan, way.parallel)
             run = call_of(facts, pixels, pipe.transformer, device, way.branches)
             output = run().float()
             if way is one:
@@ -125,21 +126,23 @@ def measure(facts, pixels: dict, layers: int, plan, gpus, warm_up_s, timed_s, de
     return {**pixels, "tokens": tokens, "rows": rows, "vae": decodes, "links": link}
 
 
-def arranged(transformer, plan, parallel: dict | None):
+def arranged(facts, transformer, plan, parallel: dict | None):
     """(a pipeline around a twin of the transformer under the plan, its engine)."""
     import dax
 
-    pipe = pipeline(rivals.twin(transformer))
+    pipe = pipeline(rivals.twin(transformer), facts.pipeline_class)
     overrides = {"linear": {"keep_original": "none"}} | ({} if parallel is None else {"parallel": parallel})
     return pipe, dax.optimize(pipe, plan, **overrides)  # nothing is undone, and the twins share their originals
 
 
-def pipeline(transformer, vae=None):
-    """A WanPipeline that has only what a bench calls, with guidance on."""
-    from diffusers import UniPCMultistepScheduler, WanPipeline
+def pipeline(transformer, pipeline_class: str, vae=None):
+    """A pipeline that has only what a bench calls, with guidance on."""
+    import diffusers
+    from diffusers import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
-    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=transformer)
+    parts = {"tokenizer": None, "text_encoder": None, "vae": vae, "scheduler": scheduler, "transformer": transformer}
+    pipe = getattr(diffusers, pipeline_class)(**parts)
     pipe._guidance_scale = 5.0
     return pipe
 
@@ -154,13 +157,14 @@ def call_of(facts, pixels: dict, model, device: str, branches: int):
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
 
     latents, text = gaussian(1, *facts.latent_shape(**pixels)), gaussian(1, facts.text_tokens, facts.text_dim)
+    images = image_embeds(facts, gaussian)
     timestep = torch.tensor([500], device=device)
 
     def call():
         outputs = []
         for name in ("cond", "uncond")[:branches]:
             with model.cache_context(name):
-                outputs.append(model(latents, timestep, text, return_dict=False)[0])
+                outputs.append(model(latents, timestep, text, images, return_dict=False)[0])
         return outputs[0]
 
     return call

@@ -47,6 +47,8 @@ def bench(
     from dax.plan import Plan
 
     facts, device = facts_of(model or "tiny"), machine(device).device
+    if facts.num_images:
+        raise DaxError("bad_request", f"bench video: {facts.name} starts from an image: dax bench forward knows it")
     pixels = checked_size(facts, size)
     steps = facts.defaults.steps if steps is None else steps
     if Plan.load(plan).cache.policy == "none":

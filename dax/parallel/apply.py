@@ -48,7 +48,8 @@ def apply_parallel(target, parallel, device: str, plain, turn, measure: bool, ed
             value = f"{topology.ulysses} x rows {topology.rows}"
             changes.append(("parallel.ulysses", value, "self-attention layers", len(layers), blocks))
         if topology.cfg > 1:
-            guidance = Guidance(mesh.cfg, partial(getattr, target.pipe, "do_classifier_free_guidance"))
+            guided = partial(getattr, target.pipe, "do_classifier_free_guidance")
+            guidance = Guidance(mesh.cfg, guided, target.facts.out_channels)
             changes.append(("parallel.cfg", "2", "transformers", apply_guidance(transformer, guidance, edits), 1))
     if parallel.vae == "split" and getattr(target.pipe, "vae", None) is not None:
         count = apply_vae(target.pipe.vae, mesh.world, edits)

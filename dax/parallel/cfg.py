@@ -19,11 +19,12 @@ BRANCHES = ("cond", "uncond")  # the order in which diffusers' Wan pipelines ask
 class Guidance:
     """The exchange between the two branches of one run. `wire` joins the ranks with the same tokens in each branch.
 
-    guided  tells whether the run that is under way asks for both branches
+    guided    tells whether the run that is under way asks for both branches
+    channels  of what the transformer returns: with an image it is given more
     """
 
-    def __init__(self, wire, guided):
-        self.wire, self.guided = wire, guided
+    def __init__(self, wire, guided, channels: int):
+        self.wire, self.guided, self.channels = wire, guided, channels
         self.branch = BRANCHES[wire.rank]
         self.asked: str | None = None
         self.first: torch.Tensor | None = None
@@ -52,7 +53,9 @@ class Guidance:
         if self.asked == self.branch:
             sample = inner(hidden_states, *args, return_dict=False, **kwargs)[0]
         else:
-            sample = torch.full_like(hidden_states, torch.nan)  # whoever reads it before it is filled shall see that
+            batch, _, *cells = hidden_states.shape
+            nan = torch.nan  # whoever reads it before it is filled shall see that
+            sample = hidden_states.new_full((batch, self.channels, *cells), nan)
         if self.asked == BRANCHES[0]:
             if self.first is not None:
                 raise DaxError("bad_request", "parallel.cfg = 2: the branch without the prompt was not asked for")

@@ -202,6 +202,19 @@ def model(parallel, guidance_scale=4.0, kernel="sdpa", heads=12):
     return relative(together, alone), (more - frames).abs().max().item(), restored, summary
 
 
+def image_to_video(parallel, num_images):
+    """(relative difference of the latents to one process, whether undo gives the model back)"""
+    import dax
+    from tests.conftest import build_image_pipe
+    from tests.models.test_image_to_video import latents
+
+    pipe = build_image_pipe(num_images)
+    alone = latents(pipe)
+    with dax.optimize(pipe, parallel=parallel):
+        together = latents(pipe)
+    return relative(together, alone), torch.equal(latents(pipe), alone)
+
+
 def relative(x, reference):
     return ((x - reference).norm() / reference.norm()).item()
 

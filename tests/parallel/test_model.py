@@ -30,6 +30,15 @@ def test_without_guidance(ranks):
         assert latents < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("parallel", "num_images"), [({"cfg": 2}, 2), ({"cfg": 1, "ulysses": 2}, 1), ({"cfg": 1, "rows": 2}, 2)], ids=str
+)
+def test_image_to_video(ranks, parallel, num_images):
+    for latents, restored in ranks(2).run(tasks.image_to_video, parallel, num_images):
+        assert latents < 1e-5
+        assert restored
+
+
 def test_guidance_parallel_needs_guidance(ranks):
     with pytest.raises(AssertionError, match="parallel.cfg = 2 needs guidance"):
         ranks(2).run(tasks.model, {"cfg": 2}, 1.0)
