@@ -247,6 +247,11 @@ def facts_from_config(model_index: dict | None, transformer_config: dict, flow_s
     )
     if model_index is not None and model_index["_class_name"] != facts.pipeline_class:
         refuse(f"model_index.json: {model_index['_class_name']} around a transformer for {facts.pipeline_class}")
+    return named(facts, flow_shift)
+
+
+def named(facts: Facts, flow_shift: float | None) -> Facts:
+    """The known model of those shapes that is meant at that flow_shift; else named after family and sizes."""
     same = [
         known
         for known in FACTS.values()

@@ -184,18 +184,6 @@ def test_row_34_other_models_are_refused_by_their_configs_alone(folder, file, va
     refused(folder, "supported: Wan2.1 text-to-video")
 
 
-@pytest.mark.fault(34)
-def test_row_34_image_to_video_is_known_but_not_to_generate(tmp_path):
-    from dax.bench.model import facts_of
-    from tests.conftest import build_image_pipe
-
-    build_image_pipe(2).save_pretrained(tmp_path)
-    assert (facts_of(str(tmp_path)).name, facts_of(str(tmp_path)).num_images) == ("wan-i2v-2x64", 2)
-    refused(tmp_path, "dax generate takes text-to-video only so far")
-    change(tmp_path / "model_index.json", image_encoder=["os", "system"])
-    refused(tmp_path, "image_encoder = ")
-
-
 @pytest.mark.fault(36)
 def test_row_36_a_read_only_model_loads_and_is_left_alone(folder):
     from dax.generate.stages import load

@@ -1,4 +1,4 @@
-"""`dax generate`: a prompt to a clip. The work is in `dax.generate.run`."""
+"""`dax generate`: a prompt, and a picture where the model takes one, to a clip. The work is in `dax.generate.run`."""
 
 import json
 from typing import Annotated
@@ -30,6 +30,8 @@ def command(
     loras: Annotated[
         list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE]", help="added to the weights, repeated")
     ] = None,
+    image: Annotated[str | None, typer.Option(help="image-to-video: the first frame, a PNG, JPEG or WebP")] = None,
+    last_image: Annotated[str | None, typer.Option(help="first-last-frame: the last frame")] = None,
     device: options.Device = None,
     gpus: Annotated[int, typer.Option(help="ranks on this machine, one GPU each")] = 1,
     overwrite: options.Overwrite = False,
@@ -81,6 +83,8 @@ def command(
         gpus,
         min_psnr,
         tuple(loras or ()),
+        image,
+        last_image,
     )
     record = generate(job, log)
     if record is None:  # a rank of torchrun's that is not the first

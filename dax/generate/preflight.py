@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 
 from dax.errors import DaxError
-from dax.facts import Facts, facts_from_config
+from dax.facts import CLIP_TOKENS, Facts, facts_from_config, named
 from dax.generate import shapes
 from dax.generate.checkpoint import (
     bad,
@@ -34,6 +34,7 @@ PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt"]
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+POSITIONS = "embeddings.position_ids"  # a table that older files of the image encoder hold
 EMBEDDING = "encoder.embed_tokens.weight"  # the text encoder's other name for shared.weight
 
 
@@ -73,19 +74,14 @@ def locate(model: str) -> Path:
 
 
 def preflight(folder: Path) -> Checked:
-    """Check a diffusers folder of a Wan text-to-video pipeline. DaxError("bad_model") names the first file at fault."""
+    """Check a diffusers folder of a Wan2.1 pipeline. DaxError("bad_model") names the first file at fault."""
     check_folder(folder)
     index = read_json(folder / "model_index.json")
     check_code(folder)
     configs = {part: read_config(folder / part / "config.json") for part in STEMS}
     facts = facts_from_config(index, configs["transformer"])
-    if facts.image_tokens:
-        raise bad(
-            folder / "model_index.json",
-            f"{facts.pipeline_class} ({facts.name}): dax explain, dax bench block and forward, and dax.optimize() know "
-            "image-to-video; dax generate takes text-to-video only so far",
-        )
-    for part in PARTS:
+    image = ("image_encoder", "image_processor") if facts.image_tokens else ()
+    for part in PARTS + image:
         if index.get(part) in (None, [None, None]):
             raise bad(folder / "model_index.json", f"names no {part}")
     check_encoder(folder / "text_encoder" / "config.json", configs["text_encoder"], facts)
@@ -95,18 +91,27 @@ def preflight(folder: Path) -> Checked:
         "text_encoder": shapes.text_encoder_shapes(configs["text_encoder"]),
         "vae": shapes.vae_shapes(configs["vae"]),
     }
-    files = [folder / "model_index.json", *(folder / part / "config.json" for part in STEMS)]
-    for part, stem in STEMS.items():
+    if image:
+        configs["image_encoder"] = read_config(folder / "image_encoder" / "config.json")
+        expected["image_encoder"] = shapes.image_encoder_shapes(configs["image_encoder"], facts.image_dim, CLIP_TOKENS)
+    files = [folder / "model_index.json", *(folder / part / "config.json" for part in configs)]
+    for part in configs:
+        stem = STEMS.get(part, "model")
         tensors, weights = read_weights(folder / part, stem)
         if part == "text_encoder" and EMBEDDING in tensors:
             tensors.setdefault("shared.weight", tensors[EMBEDDING])
-        check_shapes(folder / part, tensors, expected[part], frozenset({EMBEDDING}))
+        if part == "image_encoder":
+            tensors = {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
+        check_shapes(folder / part, tensors, expected[part], frozenset({EMBEDDING, POSITIONS}))
         files += weights
     files += check_tokenizer(folder / "tokenizer")
-    files.append(check_scheduler(folder / "scheduler" / "scheduler_config.json"))
+    if image:
+        files.append(check_image_processor(folder / "image_processor" / "preprocessor_config.json"))
+    scheduler = check_scheduler(folder / "scheduler" / "scheduler_config.json")
+    files.append(scheduler)
     return Checked(
         folder=folder,
-        facts=facts,
+        facts=named(facts, read_json(scheduler).get("flow_shift")),
         files=tuple(files),
         parameters=sum(prod(shape) for part in expected.values() for shape in part.values()),
         digest=digest(folder, files),
@@ -183,6 +188,15 @@ def check_tokenizer(folder: Path) -> list[Path]:
     if not any(path.name in names[2:] for path in files):
         raise bad(folder / "tokenizer.json", "missing, and so is spiece.model")
     return files
+
+
+def check_image_processor(path: Path) -> Path:
+    """One that gives the image encoder the pictures it was made for."""
+    config = read_config(path)
+    size = config.get("crop_size", {"height": 224, "width": 224})
+    if size not in (224, {"height": 224, "width": 224}):
+        raise bad(path, f"crop_size = {size!r}; supported: 224")
+    return path
 
 
 def check_scheduler(path: Path) -> Path:

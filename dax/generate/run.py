@@ -13,9 +13,10 @@ from math import isfinite
 from pathlib import Path
 
 from dax.errors import DaxError
-from dax.facts import FACTS
+from dax.facts import FACTS, named
 from dax.generate import video
 from dax.generate.checkpoint import read_header
+from dax.generate.image import Picture, read_images, stretched
 from dax.generate.preflight import Checked, locate, preflight, verify
 from dax.generate.ranks import count_of, parallel_plan, team
 from dax.generate.request import Request, check_memory, make_request, request_fields
@@ -63,6 +64,8 @@ class Job:
     gpus: int = 1
     min_psnr: float | None = None
     loras: tuple[str, ...] = ()
+    image: str | None = None
+    last_image: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Settled:
     asked: Plan
     resolved: Resolved
     loras: tuple[tuple[Path, float], ...]
+    pictures: tuple[Picture, ...]
     path: Path
     here: Machine
     place: Place
@@ -111,9 +115,13 @@ def settle(job: Job) -> Settled:
     """Decide all that can be decided, and refuse all that can be refused, without a weight."""
     at, count = count_of(job.gpus, job.device)
     job, earlier = with_earlier(job)
-    checked = check_model(job.model)
-    facts = checked.facts
-    request, remarks = make_request(facts, job.given, job.round, job.allow_empty_prompt)
+    checked = check_model(job.model, images=True)
+    request, remarks = make_request(checked.facts, job.given, job.round, job.allow_empty_prompt)
+    facts = named(checked.facts, request.flow_shift)  # the one that optimize() will see
+    pictures = read_images(facts, job.image, job.last_image)
+    if len(pictures) > request.num_frames:
+        raise DaxError("bad_request", f"num_frames {request.num_frames}: a first and a last frame are two")
+    remarks += stretched(pictures, request.height, request.width)
     loras = tuple(map(parse_lora, job.loras))
     asked, _ = Plan.from_layers(plan_layers(job, earlier))
     if earlier.get("model_digest", checked.digest) != checked.digest:
@@ -139,7 +147,7 @@ def settle(job: Job) -> Settled:
         exact = computes(resolved.plan) == computes(resolve(Plan(), facts, here, dtype=name).plan)
         check_min_psnr(job.min_psnr, measured, elsewhere, exact)
     path = Path(job.output or video.default_name(request.prompt, request.seed, resolved.plan.hash()))
-    return Settled(job, checked, request, asked, resolved, loras, path, here, at, count, remarks)
+    return Settled(job, checked, request, asked, resolved, loras, pictures, path, here, at, count, remarks)
 
 
 def make(settled: Settled, log):
@@ -151,6 +159,7 @@ def make(settled: Settled, log):
         "plan": settled.resolved.plan.hash(),
         "model": checked.digest,
         "LoRAs": repr(settled.loras),
+        "images": repr(settled.pictures),
         "device": here.name,
     }
     with team(settled.place, here.device, agreed) as ranks, out_of_memory(request):
@@ -174,7 +183,12 @@ def make(settled: Settled, log):
                 warnings.simplefilter("always")
                 ranks.step(0, request.steps)
                 latents = denoise(
-                    pipe, request, *embeds, lambda step, _: ranks.step(step + 1, request.steps), not ranks.first
+                    pipe,
+                    request,
+                    *embeds,
+                    lambda step, _: ranks.step(step + 1, request.steps),
+                    not ranks.first,
+                    [picture.pixels for picture in settled.pictures],
                 )
             remarks.extend(dict.fromkeys(str(w.message) for w in found if str(w.message).startswith("step cache:")))
             computed = ranks.most(forwards.computed)
@@ -187,6 +201,7 @@ def make(settled: Settled, log):
         "model": job.model or "tiny",
         "model_digest": checked.digest,
         "loras": loras,
+        "images": [picture.record() for picture in settled.pictures],
         **asdict(request),
         "plan": engine.plan.model_dump(),
         "plan_hash": engine.plan.hash(),
@@ -278,13 +293,23 @@ def plan_layers(job: Job, earlier: dict) -> list[tuple[str, dict]]:
     return [base, *((f"--set {text}", parse_set(text)) for text in job.sets)]
 
 
-def check_model(model: str | None) -> Checked:
-    """The preflight of the folder, the hub's model or the embedded one."""
+def check_model(model: str | None, images: bool = False) -> Checked:
+    """The preflight of the folder, the hub's model or the embedded one.
+
+    images   whether a model that starts from an image will do; else it is refused
+    """
     if model in (None, "tiny"):
         return preflight(FOLDER)
     if model in FACTS:
         raise DaxError("bad_model", f"--model {model}: only its shapes are known; give a diffusers folder or a hub id")
-    return preflight(locate(model))
+    checked = preflight(locate(model))
+    if checked.facts.num_images and not images:
+        raise DaxError(
+            "bad_model",
+            f"{model}: {checked.facts.name} starts from an image: dax generate takes it, comparing, tuning and "
+            "calibrating know text-to-video only so far",
+        )
+    return checked
 
 
 def version() -> str:

@@ -74,6 +74,35 @@ def text_encoder_shapes(config: dict) -> Shapes:
     return shapes
 
 
+def image_encoder_shapes(config: dict, width: int, tokens: int) -> Shapes:
+    """CLIPVisionModel, without the prefix that older files have. DaxError("bad_model") for other tokens or width."""
+    where = "image_encoder/config.json"
+    number = reader(config, where)
+    if config.get("architectures", ["CLIPVisionModel"]) != ["CLIPVisionModel"]:
+        raise DaxError("bad_model", f"{where}: architectures = {config['architectures']!r}; supported: CLIPVisionModel")
+    d, ff, patch = number("hidden_size", 768), number("intermediate_size", 3072), number("patch_size", 32)
+    if d != width:
+        raise DaxError("bad_model", f"{where}: hidden_size = {d}, but the transformer's image_dim is {width}")
+    found = (number("image_size", 224) // patch) ** 2 + 1
+    if found != tokens or number("image_size", 224) != 224:
+        raise DaxError("bad_model", f"{where}: makes {found} tokens of a picture, not {tokens} at 224 pixels")
+    norm = lambda name: {f"{name}.weight": (d,), f"{name}.bias": (d,)}
+    shapes: Shapes = {
+        "embeddings.class_embedding": (d,),
+        "embeddings.patch_embedding.weight": (d, number("num_channels", 3), patch, patch),
+        "embeddings.position_embedding.weight": (tokens, d),
+        **norm("pre_layrnorm"),
+        **norm("post_layernorm"),
+    }
+    for i in range(number("num_hidden_layers", 12)):
+        layer = f"encoder.layers.{i}"
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= linear(f"{layer}.self_attn.{projection}", d, d)
+        shapes |= linear(f"{layer}.mlp.fc1", ff, d) | linear(f"{layer}.mlp.fc2", d, ff)
+        shapes |= norm(f"{layer}.layer_norm1") | norm(f"{layer}.layer_norm2")
+    return shapes
+
+
 def vae_shapes(config: dict) -> Shapes:
     """AutoencoderKLWan of Wan2.1. DaxError("bad_model") for the residual VAE of Wan2.2."""
     where = "vae/config.json"

@@ -33,13 +33,15 @@ class Clock:
 
 
 def load(checked: Checked, device: str, dtype, text: bool = True):
-    """The pipeline, from safetensors only and nothing but local files. The VAE stays in fp32, as its authors run it.
+    """The pipeline, from safetensors only and nothing but local files.
 
+    VAE and image encoder stay in fp32, as their authors run them.
     Weights go to the device tensor by tensor, so that several ranks do not hold a copy each in the host's memory.
     text   whether to load the text encoder, the largest part after the transformer
     """
+    import diffusers
     import torch
-    from diffusers import WanPipeline, WanTransformer3DModel
+    from diffusers import WanTransformer3DModel
 
     local = {"use_safetensors": True, "local_files_only": True}
     without = {} if text else {"text_encoder": None, "tokenizer": None}
@@ -48,10 +50,10 @@ def load(checked: Checked, device: str, dtype, text: bool = True):
             transformer = WanTransformer3DModel.from_pretrained(
                 checked.folder, subfolder="transformer", dtype=dtype, device_map={"": device}, **local
             )
-            pipe = WanPipeline.from_pretrained(
+            pipe = getattr(diffusers, checked.facts.pipeline_class).from_pretrained(
                 checked.folder,
                 transformer=transformer,
-                dtype={"default": dtype, "vae": torch.float32},
+                dtype={"default": dtype, "vae": torch.float32, "image_encoder": torch.float32},
                 **without,
                 **local,
             )
@@ -117,10 +119,19 @@ def pipe_clean(text: str) -> str:
     return prompt_clean(text)
 
 
-def denoise(pipe, request, prompt_embeds, negative_embeds, on_step=lambda step, latents: None, quietly: bool = False):
+def denoise(
+    pipe,
+    request,
+    prompt_embeds,
+    negative_embeds,
+    on_step=lambda step, latents: None,
+    quietly: bool = False,
+    pictures: tuple = (),
+):
     """The pipeline's own loop, noise from a CPU generator so that a seed means the same everywhere.
 
     on_step   called after every step with its number from 0 and the latents, which it must not change
+    pictures  of image-to-video: the first frame and, where the model takes it, the last (PIL, RGB)
     Returns latents [1, 16, F, H / 8, W / 8] fp32. DaxError("check_failed") if one is not finite.
     """
     import torch
@@ -146,6 +157,7 @@ def denoise(pipe, request, prompt_embeds, negative_embeds, on_step=lambda step, 
             output_type="latent",
             callback_on_step_end=step_done,
             callback_on_step_end_tensor_inputs=["latents"],
+            **dict(zip(("image", "last_image"), pictures)),
         ).frames
     if not torch.isfinite(latents).all():
         raise DaxError("check_failed", f"the latents are not finite after {request.steps} steps: no clip was written")
