@@ -32,8 +32,9 @@ def test_a_record_that_cannot_be_repeated_does_not_fit(key):
         jsonschema.validate(record, BENCH)
 
 
-def test_a_bench_run_now_fits():
+def test_a_bench_run_now_fits(monkeypatch):
     from dax.bench.contest import bench
 
+    monkeypatch.setattr("sys.argv", ["dax", "bench", "block", "--rows", "eager"])
     record = bench("block", "tiny", (64, 64, 5), 1, "eager", [], 0.01, 0.02, "cpu", lambda text: None)
     jsonschema.validate(json.loads(json.dumps(record)), BENCH)
