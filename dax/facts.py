@@ -250,6 +250,12 @@ def facts_from_config(model_index: dict | None, transformer_config: dict, flow_s
     return named(facts, flow_shift)
 
 
+def flow_shift_of(scheduler_config: Any) -> float | None:
+    """The shift of a scheduler's noise levels, by either name that schedulers have for it; None if it tells none."""
+    config = scheduler_config if isinstance(scheduler_config, dict) else {}
+    return config.get("flow_shift", config.get("shift"))
+
+
 def named(facts: Facts, flow_shift: float | None) -> Facts:
     """The known model of those shapes that is meant at that flow_shift; else named after family and sizes."""
     same = [

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from dax.errors import DaxError
-from dax.facts import Facts, facts_from_config, facts_named
+from dax.facts import Facts, facts_from_config, facts_named, flow_shift_of
 
 LOGIT_STD = 3.0  # how peaked attention is: about ten keys of 75 600 matter to a query, as in a trained model
 
@@ -16,9 +16,7 @@ def facts_of(model: str) -> Facts:
         return facts_named(model)
     index, config = read_json(folder / "model_index.json"), read_json(folder / "transformer" / "config.json")
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    found = read_json(scheduler) if scheduler.is_file() else None
-    shift = found.get("flow_shift") if isinstance(found, dict) else None
-    return facts_from_config(index, config, shift)
+    return facts_from_config(index, config, flow_shift_of(read_json(scheduler) if scheduler.is_file() else None))
 
 
 def read_json(path: Path) -> dict:

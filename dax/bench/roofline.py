@@ -64,16 +64,18 @@ def block_operations(
     The elementwise rows count every read and write of the stock block, in units of U = 2 S C bytes. Fused, a group that
     spans two rows (a gate and the norm after it) is booked on the later one, the last gate on the next norm1.
     """
-    S, C, F, T, I = tokens, facts.width, facts.ffn_dim, facts.text_tokens, facts.image_tokens  # noqa: E741
+    S, C, F, T = tokens, facts.width, facts.ffn_dim, facts.text_tokens
     U = 2 * S * C
     out = 0.5 if gemm_dtype in EIGHT_BITS else 1  # of what a fused pass writes for the next product
     gelu = 2 * 2 * S * F  # read and write S x F in bf16
     affine = 10 * U if facts.cross_attn_norm else 0
-    image = [
-        gemm("cross k, v of the image", I, C, C, "bf16", 2 * count),
-        attention("image attention", S, I, C, "bf16", count),
-        elementwise("add image attention", 3 * U, 3 * U, count),
-    ]
+    image = []
+    if tokens_of_image := facts.image_tokens:
+        image = [
+            gemm("cross k, v of the image", tokens_of_image, C, C, "bf16", 2 * count),
+            attention("image attention", S, tokens_of_image, C, "bf16", count),
+            elementwise("add image attention", 3 * U, 3 * U, count),
+        ]
     return [
         elementwise("norm1, modulate", 18 * U, (3 + out) * U, count),
         gemm("self q, k, v", S, C, C, gemm_dtype, 3 * count),
@@ -87,7 +89,7 @@ def block_operations(
         gemm("cross k, v of the text", T, C, C, "bf16", 2 * count),
         elementwise("cross q RMS norm", 2 * U, 2 * U, count),
         attention("cross-attention", S, T, C, "bf16", count),
-        *(image if I else []),
+        *image,
         gemm("cross out", S, C, C, gemm_dtype, count),
         elementwise("residual", 3 * U, 0, count),
         elementwise("norm3, modulate", 18 * U, (3 + out) * U, count),
@@ -112,10 +114,12 @@ def forward_operations(
     cells = prod(facts.patch)
     U = 2 * S * C
     layers = facts.num_layers if num_layers is None else num_layers
-    image = [
-        gemm("image embedding, in", facts.image_tokens, facts.image_dim or 0, facts.image_dim or 0),
-        gemm("image embedding, out", facts.image_tokens, facts.image_dim or 0, C),
-    ]
+    image = []
+    if features := facts.image_dim:
+        image = [
+            gemm("image embedding, in", facts.image_tokens, features, features),
+            gemm("image embedding, out", facts.image_tokens, features, C),
+        ]
     return [
         gemm("patch embedding", S, facts.in_channels * cells, C),
         gemm("time embedding, in", 1, facts.freq_dim, C),
@@ -123,7 +127,7 @@ def forward_operations(
         gemm("time projection", 1, C, 6 * C),
         gemm("text embedding, in", T, facts.text_dim, C),
         gemm("text embedding, out", T, C, C),
-        *(image if facts.image_tokens else []),
+        *image,
         *block_operations(facts, S, gemm_dtype, attention_dtype, layers),
         elementwise("head norm, modulate", 18 * U, 2 * U),
         gemm("head", S, C, facts.out_channels * cells),

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 
 from dax.errors import DaxError
-from dax.facts import CLIP_TOKENS, Facts, facts_from_config, named
+from dax.facts import CLIP_TOKENS, Facts, facts_from_config, flow_shift_of, named
 from dax.generate import shapes
 from dax.generate.checkpoint import (
     bad,
@@ -111,7 +111,7 @@ def preflight(folder: Path) -> Checked:
     files.append(scheduler)
     return Checked(
         folder=folder,
-        facts=named(facts, read_json(scheduler).get("flow_shift")),
+        facts=named(facts, flow_shift_of(read_json(scheduler))),
         files=tuple(files),
         parameters=sum(prod(shape) for part in expected.values() for shape in part.values()),
         digest=digest(folder, files),

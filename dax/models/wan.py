@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dax.attention.backend import Backend, Turn, backend_of
 from dax.attention.dense import turned
 from dax.errors import DaxError
-from dax.facts import Facts, facts_from_config
+from dax.facts import Facts, facts_from_config, flow_shift_of
 from dax.models.text_memory import TextMemory
 
 TEXT_TOKENS = 512  # the vendor's: with an image, whatever comes before the last 512 tokens is of the image
@@ -69,7 +69,7 @@ def target_of(model) -> Target:
     if not hasattr(transformer, "config"):
         raise DaxError("bad_model", f"{type(model).__name__} has no transformer that DAX knows")
     index = {key: value for key, value in config_of(model).items() if key in INDEX_KEYS}  # schedulers may be one's own
-    shift = getattr(getattr(model, "scheduler", None), "config", {}).get("flow_shift")
+    shift = flow_shift_of(getattr(getattr(model, "scheduler", None), "config", None))
     facts = facts_from_config(index, config_of(getattr(transformer, "_orig_mod", transformer)), shift)
     if hasattr(transformer, "_orig_mod"):
         raise DaxError(
@@ -150,8 +150,8 @@ def attend_text(attn, q, text, backend: Backend, memory: TextMemory | None = Non
     operands = text_operands(attn, text) if memory is None else memory.get(attn, text, text_operands)
     turn = turn_of(attn, None)
     q = turned(q, attn.heads, turn.q_weight, None, None, turn.eps)
-    of_text, *of_image = (backend.attend((q, k, v), k.shape[1]).flatten(2) for k, v in operands)
-    return of_text + of_image[0] if of_image else of_text
+    results = [backend.attend((q, k, v), k.shape[1]).flatten(2) for k, v in operands]
+    return sum(results[1:], start=results[0])
 
 
 def text_operands(attn, text):

@@ -91,6 +91,30 @@ def test_several_videos_at_once():
                 assert relative(model(*given, return_dict=False)[0], stock) < off
 
 
+def test_a_block_compiles_as_one_graph(image_pipe):
+    """Traced, not compiled: no compiler is asked."""
+    block, width = image_pipe.transformer.blocks[0], 64
+    generator = torch.Generator().manual_seed(5)
+    gaussian = lambda *shape: torch.randn(*shape, generator=generator)
+    given = gaussian(1, 15, width), gaussian(1, 512 + 257, width), gaussian(1, 6, width)
+    rotary = (torch.ones(1, 15, 1, 32), torch.zeros(1, 15, 1, 32))
+    with torch.no_grad(), dax.optimize(image_pipe, blocks={"fused": False}):
+        eager = block(*given, rotary)
+        traced = torch.compile(block, backend="eager", fullgraph=True)(*given, rotary)
+    assert relative(traced, eager) < 1e-5
+
+
+def test_the_two_sizes_are_told_apart_by_the_scheduler():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = build_image_pipe()
+    with torch.device("meta"):
+        pipe.transformer = type(pipe.transformer)(**FACTS["wan2.1-i2v-14b-480p"].transformer_config())
+    assert wan.target_of(pipe).facts == FACTS["wan2.1-i2v-14b-480p"]
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    assert wan.target_of(pipe).facts == FACTS["wan2.1-i2v-14b-720p"]
+
+
 def test_fused_projections_are_used(image_pipe):
     stock = latents(image_pipe)
     for block in image_pipe.transformer.blocks:
