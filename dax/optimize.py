@@ -7,7 +7,6 @@ The Engine that comes back describes the changes and takes them back.
 The module itself can be called: `dax.optimize(pipe)` and `from dax.optimize import Engine` mean one name.
 """
 
-import os
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,7 @@ from dax.cache.policy import maker
 from dax.edits import Edits
 from dax.errors import DaxError
 from dax.hardware import Machine, machine
-from dax.parallel.planner import Ranks
+from dax.parallel.join import num_ranks, ranks_here
 from dax.plan import DEFAULT_PRESET, Plan, plan_layer
 from dax.resolve import Resolved, kernels_of, resolve, without_fused_blocks
 
@@ -134,18 +133,6 @@ def gate_of(resolved: Resolved, target, checkpoint: str | None, edits: Edits):
     return apply_cache(
         transformer, target.pipe, make, edits, residual=residual, checkpoint=checkpoint, kernels=kernels_of(plan)
     )
-
-
-def ranks_here(guided: bool) -> Ranks:
-    """The ranks of the process group that is up."""
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
-    return Ranks(num_ranks(), node, guided)
-
-
-def num_ranks() -> int:
-    """1 unless a process group is up; asks torch.distributed only if something has imported it."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed.get_world_size() if distributed and distributed.is_initialized() else 1
 
 
 def device_of(transformer) -> str:

@@ -61,6 +61,5 @@ def test_clips_of_other_sizes_cannot_be_compared():
         quality.ssim(clip[0, :6], clip[0, :6])
 
 
-def test_p10_and_floor():
+def test_p10():
     assert quality.p10(range(11)) == 1
-    assert quality.floor_band([3.0, 1.0, 2.0]) == {"low": 1, "mean": 2, "high": 3}

@@ -95,12 +95,6 @@ def p10(values) -> float:
     return float(np.percentile(np.asarray(values, np.float64), WORST_SHARE))
 
 
-def floor_band(values) -> dict[str, float]:
-    """Noise floor of one figure over all clips: {"low": least, "mean": mean, "high": largest}."""
-    values = np.asarray(values, np.float64)
-    return {"low": float(values.min()), "mean": float(values.mean()), "high": float(values.max())}
-
-
 def check_same_shape(reference, other) -> None:
     if np.shape(reference) != np.shape(other):
         raise ValueError(f"cannot compare {list(np.shape(reference))} with {list(np.shape(other))}")

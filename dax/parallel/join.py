@@ -15,6 +15,7 @@ from dax.errors import DaxError
 from dax.parallel import board
 from dax.parallel.board import LOADING_S
 from dax.parallel.launch import Watch
+from dax.parallel.planner import Ranks
 
 NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -49,6 +50,18 @@ def place() -> Place:
     if not rank < count or local_rank > rank:
         raise DaxError("unsupported", f"RANK {rank}, LOCAL_RANK {local_rank}, WORLD_SIZE {count} do not fit together")
     return Place(rank, local_rank, count)
+
+
+def ranks_here(guided: bool) -> Ranks:
+    """The ranks of the process group that is up."""
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
+    return Ranks(num_ranks(), node, guided)
+
+
+def num_ranks() -> int:
+    """1 unless a process group is up; asks torch.distributed only if something has imported it."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed.get_world_size() if distributed and distributed.is_initialized() else 1
 
 
 def code_digest() -> str:

@@ -22,11 +22,6 @@ class Mesh:
     world: Wire
 
 
-def num_ranks() -> int:
-    """Ranks of the process group that is up, 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def build(topology: Topology, device: str) -> Mesh:
     """Make the groups. Collective: every rank calls it. The exchanges of NCCL get a stream of high priority.
 

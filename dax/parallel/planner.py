@@ -5,7 +5,7 @@ computation. `predict` says the time of each part, `predictions` compares topolo
 measured ones where they are known, and every figure that comes out is a prediction.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 from dax.errors import DaxError
@@ -284,8 +284,3 @@ def resolve_parallel(
     return asked.model_copy(update=decided), [
         f"parallel: {topology} on {ranks.count} ranks, {chunks} head chunks, {wire} wire{told}"
     ]
-
-
-def with_link(cluster: Cluster, link: Link) -> Cluster:
-    """The cluster with a link as it was measured."""
-    return replace(cluster, inside=link)

@@ -7,7 +7,7 @@ import pytest
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.hardware import MACHINES
-from dax.parallel.planner import Link, Ranks, cluster_of, predict, predictions, resolve_parallel, with_link
+from dax.parallel.planner import Link, Ranks, cluster_of, predict, predictions, resolve_parallel
 from dax.parallel.topology import Topology, topologies
 from dax.plan import Parallel
 
@@ -39,7 +39,7 @@ def test_branches_first_then_heads_inside_a_node():
 def test_hiding_pays_more_on_a_slow_link():
     two = Topology(1, 2, 1)
     gains = []
-    for cluster in (H200, L20, with_link(H200, Link(60e-6, 14e9))):
+    for cluster in (H200, L20, replace(H200, inside=Link(60e-6, 14e9))):
         shown, hidden = predict(WAN14, S, two, cluster, 0), predict(WAN14, S, two, cluster, 5)
         assert hidden.exposed_ms < 0.4 * shown.exposed_ms == 0.4 * shown.exchange_ms
         gains.append(shown.layer_ms / hidden.layer_ms)
