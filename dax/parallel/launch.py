@@ -46,6 +46,7 @@ def run_ranks(task: Callable, args: tuple, count: int):
             run_id=Path(folder).name,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",  # any free port: two runs never meet
+            local_addr="localhost",  # what ranks connect to: no name of this machine has to resolve
             max_restarts=0,
             monitor_interval=0.1,
             start_method="spawn",
@@ -156,7 +157,9 @@ def failure(failures: dict, board: Board, verdict: tuple[int, str] | None, folde
             return DaxError("rank_failed", f"rank {gone[0]} vanished {stage(gone[0])}: all {board.count} ranks ended")
         if cause["told"]:
             return DaxError(cause["code"], cause["said"])
-        return DaxError("rank_failed", f"rank {rank}, {stage(rank)}: {cause['said']}")
+        error = DaxError("rank_failed", f"rank {rank}, {stage(rank)}: {cause['said']}")
+        error.add_note(cause["traceback"])  # which -v shows
+        return error
     rank, found = min(failures.items())
     return DaxError("rank_failed", f"rank {rank} ended with exit code {found.exitcode} {stage(rank)}")
 

@@ -76,6 +76,7 @@ def test_a_rank_that_is_gone_is_named(failing, fault, line):
 def test_the_first_cause_is_told_and_no_other(failing):
     error, seconds = failing("raise")
     assert str(error) == "rank 1, during round 2: ValueError: the dog ate it" and error.exit_code == 7
+    assert "in strike" in error.__notes__[0], "what -v shows"
     assert seconds < BUDGET_S
 
 
