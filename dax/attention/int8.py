@@ -48,11 +48,12 @@ def prepare(q, k, v, heads, turn, stats, scale=None, dtype=torch.float8_e4m3fn):
     """[B, s, C] each -> q, q scales, k, k scales, v, v scales, as attention_int8 takes them.
 
     The keys are shifted by the mean of the means, which need not be exact: any shift gives the same attention.
+    The queries need no stats: where these come from other ranks, that hides their way.
     """
-    means, amax = stats
     k, v = k.unflatten(2, (heads, -1)), v.unflatten(2, (heads, -1))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     q = Q_QUANTIZE(q, heads, scale, turn.q_weight, turn.cos, turn.sin, turn.eps)
+    means, amax = stats() if callable(stats) else stats
     return *q, *K_QUANTIZE(k, means.mean(1)), *V_QUANTIZE(v, amax, dtype)
 
 
