@@ -10,6 +10,7 @@ from math import ceil
 
 from dax.errors import DaxError
 from dax.facts import Facts
+from dax.hardware import ATTENTION_REACHES, LINEAR_REACHES, TRAFFIC_REACHES
 from dax.parallel.topology import Layout, Topology, chunk_sizes, complete
 
 TILE = 128  # keys that share a scale: their means are what 8-bit attention must know of all tokens
@@ -53,10 +54,7 @@ LINKS = {
     "infiniband": Link(45e-6, 42e9),
 }
 NVLINK = ("a100", "h20", "h100", "h200", "b200")
-# Share of the data sheet's peak that is reached: (GEMM, self-attention), measured on an H200 at 75 600 tokens.
-REACHED = {"8bit": (0.707, 0.500), "bf16": (0.760, 0.574)}
-TRAFFIC = {"8bit": 19.6, "bf16": 23.4}  # of a fused block
-MEMORY_REACHED = 0.84
+TRAFFIC = {"8bit": 20.5, "bf16": 23.4}  # of a fused block
 
 
 def cluster_of(machine, attention: str, linear: str, node: int = 8) -> Cluster | None:
@@ -69,11 +67,12 @@ def cluster_of(machine, attention: str, linear: str, node: int = 8) -> Cluster |
     peak = {"bf16": machine.peak_tflops["bf16"] * 1e12, "8bit": machine.peak_tflops.get("int8", 0) * 1e12}
     name = machine.name.lower()
     inside = LINKS["nvlink" if any(card in name for card in NVLINK) and "pcie" not in name else "pcie"]
+    eight = {"8bit": "int8", "bf16": "bf16"}[linear]
     return Cluster(
-        linear=REACHED[linear][0] * peak[linear],
-        attention=REACHED[attention][1] * peak[attention],
-        cross=REACHED["bf16"][1] * peak["bf16"],
-        memory=MEMORY_REACHED * machine.bandwidth_tbs * 1e12,
+        linear=LINEAR_REACHES[eight] * peak[linear],
+        attention=ATTENTION_REACHES["int8" if attention == "8bit" else "cudnn"] * peak[attention],
+        cross=ATTENTION_REACHES["cudnn"] * peak["bf16"],
+        memory=TRAFFIC_REACHES["fused"] * machine.bandwidth_tbs * 1e12,
         traffic=TRAFFIC[linear],
         node=node,
         inside=inside,
