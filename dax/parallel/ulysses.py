@@ -40,7 +40,8 @@ def to_heads(wire, layout: Layout, operands: list, axes: list[Axes], chunk: int 
     operands  tensors with this rank's share of the tokens and all heads
     returns   a function that waits and gives them with the tokens of the row (queries) or all tokens (keys), and the
               heads of chunk `chunk`
-    One copy to pack. What arrives alone is a view; what arrives with others is copied once more, into its own order.
+    One copy to pack. What arrives alone is a view; what arrives with others is copied once more, into its own order;
+    this rank's own part is then copied but once.
     """
     rank, columns, peers = wire.rank, layout.ulysses, layout.peers(wire.rank)
     dtypes = [x.dtype for x in operands]
@@ -59,6 +60,8 @@ def to_heads(wire, layout: Layout, operands: list, axes: list[Axes], chunk: int 
     widths = [prod(piece.shape[1:]) * piece.element_size() for piece in mine]
     sizes = [[piece.numel() * piece.element_size() for piece in each] for each in pieces]
     coming = [[count * width for count, width in zip(each, widths)] for each in rows]
+    if len(mine) > 1:  # what is joined on arrival needs no way through the wire to itself
+        pieces[rank], sizes[rank], coming[rank] = [], [], []
     send = pack([piece for each in pieces for piece in each], [size for each in sizes for size in each])
     handle = wire.issue(send, [sum(each) for each in sizes], [sum(each) for each in coming])
 
@@ -71,8 +74,9 @@ def to_heads(wire, layout: Layout, operands: list, axes: list[Axes], chunk: int 
         parts = iter(received.split([size for each in coming for size in each]))
         arrived: list[list] = [[] for _ in mine]
         for source in range(layout.ranks):
-            for i, piece in enumerate(mine):
-                part = next(parts).view(piece.dtype).view(rows[source][i], *piece.shape[1:])
+            for i, part in enumerate(mine):
+                if source != rank:
+                    part = next(parts).view(part.dtype).view(rows[source][i], *part.shape[1:])
                 arrived[i].append(part.movedim(0, axes[i].tokens))
         return [torch.cat(found, axis.tokens).view(dtype) for found, axis, dtype in zip(arrived, axes, dtypes)]
 
