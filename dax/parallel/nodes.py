@@ -23,6 +23,8 @@ class Nodes:
 
     def exchange(self) -> tuple[int, str] | None:
         """Tell and hear, once. (a rank, what is wrong) when a whole node is lost, else None."""
+        if self.board.stage == "done":  # whoever leaves now may
+            return None
         try:
             self.tell()
             for node in range(self.count):

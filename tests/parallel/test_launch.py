@@ -178,6 +178,8 @@ def test_a_machine_that_falls_silent_is_lost(two_nodes, monkeypatch):
     assert nodes[0].exchange() is None, "it has finished"
     nodes[0].store = mock.Mock(set=mock.Mock(side_effect=RuntimeError("Connection refused\nat")))
     assert nodes[0].exchange() == (0, "and its node are lost: Connection refused")
+    ranks[0].enter("done")
+    assert nodes[0].exchange() is None, "this one has finished, too"
 
 
 def test_no_process_here_dies_for_a_rank_elsewhere(tmp_path):
