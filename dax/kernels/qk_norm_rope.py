@@ -1,7 +1,6 @@
 """Queries and keys between their projection and attention: RMS norm over all heads, then rotation by position.
 
-One program holds one row in registers and reads it once. The helpers that take chunks of whole heads are for
-`qk_quantize`, whose program is a single warp: it reads a row once from memory and once more from the cache.
+One program holds one row in registers and reads it once.
 """
 
 import torch
@@ -40,20 +39,6 @@ def qk_norm_rope_reference(
 
 
 @triton.jit
-def inverse_rms(row, eps, C: tl.constexpr, CHUNK: tl.constexpr, NORM: tl.constexpr):
-    """1 / RMS of each row, [R, 1]; `row` are pointers [R, 1] to the rows' first elements. Ones without NORM."""
-    columns = tl.arange(0, CHUNK)[None, :]
-    if NORM:
-        squares = tl.zeros((row.shape[0], CHUNK), tl.float32)
-        for j in tl.static_range(C // CHUNK):
-            x = tl.load(row + j * CHUNK + columns).to(tl.float32)
-            squares += x * x
-        return tl.rsqrt(tl.sum(squares, 1) / C + eps)[:, None]
-    else:
-        return tl.full((row.shape[0], 1), 1.0, tl.float32)
-
-
-@triton.jit
 def angles(Table, at, ROPE: tl.constexpr):
     """cos or sin of each pair of columns [..., N / 2], from its two equal entries at `at` [..., N]."""
     if ROPE:
@@ -76,15 +61,6 @@ def turned(x, cos, sin):
     return tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(x.shape)
 
 
-@triton.jit
-def normed_turned(row, columns, Weight, cos, sin, NORM: tl.constexpr, ROPE: tl.constexpr):
-    """Those columns of the rows, times the norm's weight and rotated, fp32 [R, N]; without the rows' 1 / RMS."""
-    x = tl.load(row + columns[None, :]).to(tl.float32)
-    if NORM:
-        x = x * tl.load(Weight + columns).to(tl.float32)[None, :]
-    return turned(x, cos, sin) if ROPE else x
-
-
 @triton.jit(do_not_specialize=["S"])
 def norm_rope_kernel(
     X, Weight, Cos, Sin, Out, S, stride_b, stride_s, eps,
@@ -105,12 +81,6 @@ def norm_rope_kernel(
         y = chunks[j] * inverse * weights[j] if NORM else chunks[j]
         out += (turned(y, cos, sin) if ROPE else y,)
     store_row(Out + (batch * S + token) * C, out, C, CHUNK)
-
-
-def chunk_of(C: int, D: int) -> int:
-    """Columns taken at a time: as many whole heads as a power of two divides them into, at most 1024 columns."""
-    heads = C // D
-    return min(D * (heads & -heads), max(1024, D))
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
