@@ -299,5 +299,3 @@ def links(device: str, gpus: int) -> list[dict]:
 
 def relative(x, reference) -> float:
     return ((x - reference).norm() / reference.norm()).item()
-
-
