@@ -87,7 +87,9 @@ def resolve(
             "compile": compiled,
         }
     )
-    cached, calibration, more, fell = resolve_cache(plan.cache, facts.name, checkpoint, kernels_of(resolved))
+    cached, calibration, more, fell = resolve_cache(
+        plan.cache, facts.name, checkpoint, kernels_of(resolved), facts.num_experts
+    )
     notes, fallbacks = notes + more, fallbacks + fell
     if strict and fallbacks:
         raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")

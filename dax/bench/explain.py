@@ -155,7 +155,9 @@ def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool, ranks: Ranks
 
     if machine is not None:
         return resolve(asked, facts, machine, strict, checkpoint=checkpoint, ranks=ranks)
-    cache, calibration, notes, fallbacks = resolve_cache(asked.cache, facts.name, checkpoint, kernels_of(asked))
+    cache, calibration, notes, fallbacks = resolve_cache(
+        asked.cache, facts.name, checkpoint, kernels_of(asked), facts.num_experts
+    )
     plan = asked.model_copy(update={"cache": cache})
     return Resolved(plan, tuple(notes), tuple(fallbacks), calibration=calibration)
 

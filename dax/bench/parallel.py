@@ -68,6 +68,10 @@ def bench(model, size, layers, plan, gpus, warm_up_s, timed_s, device=None, log=
 
     facts = facts_of(model or "tiny")
     pixels = checked_size(facts, size)
+    if facts.num_experts > 1:
+        raise DaxError(
+            "bad_request", f"bench parallel: {facts.name} has two experts: wan2.1-t2v-14b is as large as one"
+        )
     if gpus < 2:
         raise DaxError("bad_request", "bench parallel: --gpus 2 or more")
     check_gpus(gpus, device, torch.cuda.device_count())

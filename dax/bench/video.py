@@ -47,8 +47,9 @@ def bench(
     from dax.plan import Plan
 
     facts, device = facts_of(model or "tiny"), machine(device).device
-    if facts.num_images:
-        raise DaxError("bad_request", f"bench video: {facts.name} starts from an image: dax bench forward knows it")
+    if facts.num_images or facts.num_experts > 1:
+        why = "starts from an image" if facts.num_images else "has two experts"
+        raise DaxError("bad_request", f"bench video: {facts.name} {why}: dax bench forward knows it")
     pixels = checked_size(facts, size)
     steps = facts.defaults.steps if steps is None else steps
     if Plan.load(plan).cache.policy == "none":
@@ -62,7 +63,10 @@ def bench(
     with torch.no_grad():
         engine = optimize(pipe, plan, linear={"keep_original": "none"})  # nothing is undone
         log(engine.summary())
-        gated, pipe.transformer.forward = pipe.transformer.forward, engine.gate.inner  # the same kernels, ungated
+        gated, pipe.transformer.forward = (
+            pipe.transformer.forward,
+            engine.gate.experts[0].forward,
+        )  # the same kernels, ungated
         uncached = loop.run(UNCACHED_STEPS + 1)
         pipe.transformer.forward = gated
         cached = loop.run(steps)

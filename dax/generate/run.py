@@ -30,6 +30,7 @@ from dax.generate.stages import (
     out_of_memory,
     peak_memory_gib,
     set_flow_shift,
+    total,
 )
 from dax.generate.steps import checkpoint_of, schedule
 from dax.hardware import Machine, machine
@@ -115,7 +116,7 @@ def settle(job: Job) -> Settled:
     """Decide all that can be decided, and refuse all that can be refused, without a weight."""
     at, count = count_of(job.gpus, job.device)
     job, earlier = with_earlier(job)
-    checked = check_model(job.model, images=True)
+    checked = check_model(job.model, family=True)
     request, remarks = make_request(checked.facts, job.given, job.round, job.allow_empty_prompt)
     facts = named(checked.facts, request.flow_shift)  # the one that optimize() will see
     pictures = read_images(facts, job.image, job.last_image)
@@ -123,6 +124,12 @@ def settle(job: Job) -> Settled:
         raise DaxError("bad_request", f"num_frames {request.num_frames}: a first and a last frame are two")
     remarks += stretched(pictures, request.height, request.width)
     loras = tuple(map(parse_lora, job.loras))
+    if loras and facts.num_experts == 2:
+        raise DaxError(
+            "bad_request",
+            f"--lora: {facts.name} has two experts and a file is for one of them: in Python, give each its own with "
+            "dax.models.lora.fuse_lora before dax.optimize",
+        )
     asked, _ = Plan.from_layers(plan_layers(job, earlier))
     if earlier.get("model_digest", checked.digest) != checked.digest:
         remarks.append(f"the model is not the one of {job.from_clip}: its digest differs")
@@ -169,9 +176,10 @@ def make(settled: Settled, log):
             checked.unchanged()
             set_flow_shift(pipe, request.flow_shift)
             loras = [fused(pipe.transformer, *lora) for lora in settled.loras]
+        experts = [pipe.transformer, *([pipe.transformer_2] if facts.num_experts == 2 else [])]
         from dax.optimize import optimize
 
-        with optimize(pipe, settled.asked, strict=job.strict) as engine, Forwards(pipe.transformer) as forwards:
+        with optimize(pipe, settled.asked, strict=job.strict) as engine, Forwards(*experts) as forwards:
             remarks.extend(engine.fallbacks)
             log(engine.summary())
             with clock.stage("text"):
@@ -191,7 +199,7 @@ def make(settled: Settled, log):
                     [picture.pixels for picture in settled.pictures],
                 )
             remarks.extend(dict.fromkeys(str(w.message) for w in found if str(w.message).startswith("step cache:")))
-            computed = ranks.most(forwards.computed)
+            each = [ranks.most(counts) for counts in forwards.each]
             with clock.stage("decode"):
                 frames = decode(pipe, latents) if ranks.first or engine.plan.parallel.vae == "split" else None
     if not ranks.first:
@@ -205,7 +213,8 @@ def make(settled: Settled, log):
         **asdict(request),
         "plan": engine.plan.model_dump(),
         "plan_hash": engine.plan.hash(),
-        "computed": computed,
+        "computed": total(each),
+        **({"computed_by_expert": each} if len(each) == 2 else {}),
         "ranks": ranks.count,
         "peak_memory_gib": round(peak_memory_gib(here.device), 2),
         "device": here.name,
@@ -293,21 +302,22 @@ def plan_layers(job: Job, earlier: dict) -> list[tuple[str, dict]]:
     return [base, *((f"--set {text}", parse_set(text)) for text in job.sets)]
 
 
-def check_model(model: str | None, images: bool = False) -> Checked:
+def check_model(model: str | None, family: bool = False) -> Checked:
     """The preflight of the folder, the hub's model or the embedded one.
 
-    images   whether a model that starts from an image will do; else it is refused
+    family   whether any member of the family will do; else one that starts from an image or has two experts is refused
     """
     if model in (None, "tiny"):
         return preflight(FOLDER)
     if model in FACTS:
         raise DaxError("bad_model", f"--model {model}: only its shapes are known; give a diffusers folder or a hub id")
     checked = preflight(locate(model))
-    if checked.facts.num_images and not images:
+    if (checked.facts.num_images or checked.facts.num_experts == 2) and not family:
+        why = "starts from an image" if checked.facts.num_images else "has two experts"
         raise DaxError(
             "bad_model",
-            f"{model}: {checked.facts.name} starts from an image: dax generate takes it, comparing, tuning and "
-            "calibrating know text-to-video only so far",
+            f"{model}: {checked.facts.name} {why}: dax generate takes it, comparing, tuning and calibrating know "
+            "text-to-video by one transformer only so far",
         )
     return checked
 
