@@ -78,6 +78,10 @@ def target_of(model) -> Target:
             raise DaxError(
                 "bad_request", f"pipe.{name} is compiled already: pass it uncompiled and set compile = blocks"
             )
+    if experts["transformer"] is experts["transformer_2"]:
+        raise DaxError(
+            "bad_model", "transformer_2 is the very module that transformer is: load each expert's own weights"
+        )
     return Target(model, tuple(experts.values())[: facts.num_experts], facts)
 
 
