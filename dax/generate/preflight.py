@@ -79,7 +79,7 @@ def preflight(folder: Path) -> Checked:
     index = read_json(folder / "model_index.json")
     check_code(folder)
     configs = {part: read_config(folder / part / "config.json") for part in STEMS}
-    if index.get("boundary_ratio") is not None:
+    if index.get("boundary_ratio") is not None and index.get("transformer_2") not in (None, [None, None]):
         configs["transformer_2"] = read_config(folder / "transformer_2" / "config.json")
     facts = facts_from_config(index, configs["transformer"], second_config=configs.get("transformer_2"))
     image = ("image_encoder", "image_processor") if facts.image_tokens else ()
