@@ -76,10 +76,12 @@ def apply(
 
     measure   let ranks time whether hiding their exchange pays here; the plan that comes back says what was found
     """
+    from dax.cache.gate import position
     from dax.compile import apply_compile
     from dax.models.text_memory import remember_text
     from dax.models.wan import WanProcessor
     from dax.models.wan_block import apply_blocks
+    from dax.offload import apply_turns, bring_together
 
     plan = resolved.plan
     total, kernel = len(target.blocks()), plan.attention.kernel
@@ -96,8 +98,13 @@ def apply(
 
         counts = apply_linear(target, target.facts, plan.linear, edits, resolved.scales)
         changes += [Change("linear.scheme", scheme, "linear layers", count, count) for scheme, count in counts.items()]
+    if moved := bring_together(target, plan.offload, edits):
+        changes.append(Change("offload", plan.offload, "tensors of transformer_2 moved to the first's", moved, moved))
     if plan.blocks.fused:
         changes.append(Change("blocks.fused", "true", "transformer blocks", apply_blocks(target, edits), total))
+    if plan.offload == "experts":
+        count = apply_turns(target, position, edits)
+        changes.append(Change("offload", "experts", "pairs of blocks that take turns", count, total // 2))
     if num_ranks() > 1:
         from dax.parallel.apply import apply_parallel
 

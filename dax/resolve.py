@@ -49,6 +49,7 @@ def resolve(
     work, and what is known of it. What does not run there falls back to something exact and is named; with `strict` it
     is DaxError("unsupported") instead. 8 bits that do not run there are an error always.
     """
+    check_offload(plan, facts)
     notes, fallbacks, kernel, compiled = [], [], plan.attention.kernel, plan.compile
     linear, scales = resolve_linear(plan.linear, machine)
     fused = plan.blocks.fused
@@ -94,6 +95,16 @@ def resolve(
     if strict and fallbacks:
         raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
     return Resolved(resolved.model_copy(update={"cache": cached}), tuple(notes), tuple(fallbacks), scales, calibration)
+
+
+def check_offload(plan: Plan, facts: Facts) -> None:
+    """DaxError("bad_request") where no expert is idle, or blocks are compiled: they take turns between their calls."""
+    if plan.offload == "none":
+        return
+    if facts.num_experts == 1:
+        raise DaxError("bad_request", f"offload = {plan.offload}: {facts.name} has one transformer; set offload = none")
+    if plan.compile == "blocks":
+        raise DaxError("bad_request", f"offload = {plan.offload} and compile = blocks cannot be combined; keep one")
 
 
 def resolve_linear(linear: Linear, machine: Machine) -> tuple[Linear, Scales | None]:

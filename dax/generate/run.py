@@ -172,7 +172,9 @@ def make(settled: Settled, log):
     with team(settled.place, here.device, agreed) as ranks, out_of_memory(request):
         clock = Clock(ranks.enter)
         with clock.stage("load"):
-            pipe = load(checked, here.device, dtype_of(here), ranks.first)
+            plan = settled.resolved.plan
+            waits = plan.linear.active or plan.offload == "experts"  # then optimize() brings the second expert over
+            pipe = load(checked, here.device, dtype_of(here), ranks.first, "cpu" if waits else here.device)
             checked.unchanged()
             set_flow_shift(pipe, request.flow_shift)
             loras = [fused(pipe.transformer, *lora) for lora in settled.loras]
