@@ -137,6 +137,8 @@ class StepPlan:
                     row[i] = COMPUTE
                 computed += row[i] == COMPUTE
             rows[branch] = tuple(row)
+        if rows == {"cond": self.cond, "uncond": self.uncond}:
+            return self
         return replace(self, **rows, made_by=f"{self.made_by}, anew for the second expert at step {step}")
 
     def check(self, setting: Setting) -> None:

@@ -7,8 +7,10 @@ something else. Rows 1 to 15 of docs/faults.md.
 import math
 from dataclasses import dataclass, fields
 
+from dax.bench.roofline import device_weight_bytes
 from dax.errors import DaxError
 from dax.facts import Facts
+from dax.plan import Plan
 
 MAX_PROMPT = 10_000  # characters
 MAX_SIDE = 8192  # pixels
@@ -130,6 +132,18 @@ def check_whole(name: str, value, least: int, most: int) -> None:
 def check_real(name: str, value, least: float, most: float) -> None:
     if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
         raise DaxError("bad_request", f"{name} {value!r} must be a number from {least} to {most}")
+
+
+def experts_bytes(facts: Facts, plan: Plan, itemsize: int) -> int:
+    """The most bytes of transformers' weights on the device: of two experts, the first as loaded, or both as they run.
+
+    itemsize   bytes per parameter as loaded
+    """
+    alone = facts.num_parameters * itemsize
+    if facts.num_experts == 1:
+        return alone
+    eight_bits, idle_on_host = plan.linear.scheme != "none", plan.offload == "experts"
+    return max(alone, device_weight_bytes(facts, eight_bits, idle_on_host) * itemsize // 2)
 
 
 def memory_bytes(facts: Facts, request: Request, weights: int, itemsize: int) -> int:

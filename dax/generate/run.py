@@ -19,7 +19,7 @@ from dax.generate.checkpoint import read_header
 from dax.generate.image import Picture, read_images, stretched
 from dax.generate.preflight import Checked, locate, preflight, verify
 from dax.generate.ranks import count_of, parallel_plan, team
-from dax.generate.request import Request, check_memory, make_request, request_fields
+from dax.generate.request import Request, check_memory, experts_bytes, make_request, request_fields
 from dax.generate.stages import (
     Clock,
     Forwards,
@@ -138,12 +138,14 @@ def settle(job: Job) -> Settled:
 
     here = machine(job.device)
     dtype = dtype_of(here)
-    check_memory(facts, request, checked.parameters * dtype.itemsize, dtype.itemsize, here.memory_gib)
     checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked.folder, facts)
     name = str(dtype).removeprefix("torch.")
     asked, shares = parallel_plan(asked, request, facts, count, job.strict, remarks)
     resolved = resolve(asked, facts, here, job.strict, name, checkpoint, shares)
     asked = asked.model_copy(update={"parallel": resolved.plan.parallel})
+    others = checked.parameters - facts.num_experts * facts.num_parameters
+    weights = others * dtype.itemsize + experts_bytes(facts, resolved.plan, dtype.itemsize)
+    check_memory(facts, request, weights, dtype.itemsize, here.memory_gib)
     schedule(resolved.plan.cache, resolved.calibration, facts, request, checkpoint)
     measured = read_measured(job.plan) if job.plan else None
     elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []

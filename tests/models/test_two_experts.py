@@ -8,6 +8,7 @@ from dax.cache.step_plan import COMPUTE, DROP, REUSE, StepPlan
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate.stages import Forwards
+from dax.models import wan
 from tests.conftest import build_expert_pipe, build_random_pipe
 from tests.models.test_image_to_video import latents as one_scale
 from tests.models.test_image_to_video import picture
@@ -216,6 +217,16 @@ def test_fused_products_stay_fused_wherever_the_weights_are():
         assert every in engine.summary()
         latents(pipe, steps=1)
         assert every in engine.summary()
+
+
+def test_the_texts_keys_are_computed_once_an_expert_wherever_its_weights_are(monkeypatch):
+    pipe, calls = build_expert_pipe(), []
+    wan.check_processor()
+    right = wan.text_operands
+    monkeypatch.setattr(wan, "text_operands", lambda attn, text: calls.append(attn) or right(attn, text))
+    with dax.optimize(pipe, blocks={"fused": False}, offload="experts"):
+        latents(pipe)
+    assert len(calls) == 2 * 2 * LAYERS
 
 
 def test_an_aborted_loop_leaves_nothing_behind():
