@@ -196,6 +196,8 @@ def test_experts_of_other_shapes_or_none_are_refused():
     ):
         with pytest.raises(DaxError, match=says):
             facts_from_config(EXPERTS, config, None, second)
+    with pytest.raises(DaxError, match="model_index.json: transformer_2 = ..os', 'system'.: not supported"):
+        facts_from_config(EXPERTS | {"transformer_2": ["os", "system"]}, config, None, config)
     for ratio in (True, -0.1, "0.9"):
         with pytest.raises(DaxError, match="boundary_ratio = .* must be a number from 0 to 1"):
             facts_from_config(EXPERTS | {"boundary_ratio": ratio}, config, None, config)
