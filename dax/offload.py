@@ -53,7 +53,7 @@ class Turns:
         homes = iter(self.homes)
         for block in self.tensors[1]:
             for tensor in block:
-                tensor.data = tensor.data.to(next(homes))
+                tensor.data = tensor.data.to(next(homes), copy=True)  # and the host buffer goes
 
     def bring(self, expert: int, i: int) -> None:
         """Block i of an expert into the device's tensors, after whatever is queued to run in them."""

@@ -99,7 +99,7 @@ def apply(
         counts = apply_linear(target, target.facts, plan.linear, edits, resolved.scales)
         changes += [Change("linear.scheme", scheme, "linear layers", count, count) for scheme, count in counts.items()]
     if moved := bring_together(target, plan.offload, edits):
-        changes.append(Change("offload", plan.offload, "tensors of transformer_2 moved to the first's", moved, moved))
+        changes.append(Change("offload", plan.offload, "tensors of transformer_2 moved beside the first", moved, moved))
     if plan.blocks.fused:
         changes.append(Change("blocks.fused", "true", "transformer blocks", apply_blocks(target, edits), total))
     if plan.offload == "experts":

@@ -49,13 +49,15 @@ def resolve(
     work, and what is known of it. What does not run there falls back to something exact and is named; with `strict` it
     is DaxError("unsupported") instead. 8 bits that do not run there are an error always.
     """
-    check_offload(plan, facts)
+    check_experts(plan, facts)
     notes, fallbacks, kernel, compiled = [], [], plan.attention.kernel, plan.compile
     linear, scales = resolve_linear(plan.linear, machine)
     fused = plan.blocks.fused
     if fused and (problem := no_kernels(machine)):
         fallbacks.append(f"blocks.fused = true: {problem}; false instead")
         fused = False
+    if plan.offload == "experts" and machine.device == "cpu":
+        notes.append("offload = experts: the device is the host here, so it saves nothing")
     best = attention.choose(machine, dtype, facts.head_dim)
     if kernel == "auto":
         kernel = best
@@ -97,8 +99,16 @@ def resolve(
     return Resolved(resolved.model_copy(update={"cache": cached}), tuple(notes), tuple(fallbacks), scales, calibration)
 
 
-def check_offload(plan: Plan, facts: Facts) -> None:
-    """DaxError("bad_request") where no expert is idle, or blocks are compiled: they take turns between their calls."""
+def check_experts(plan: Plan, facts: Facts) -> None:
+    """DaxError("bad_request") for what takes two experts, or what two cannot have.
+
+    Compiled blocks cannot take turns: weights are changed between their calls. Static scales are one transformer's.
+    """
+    if facts.num_experts == 2 and plan.linear.active and plan.linear.activation == "static":
+        raise DaxError(
+            "bad_request",
+            f"linear.activation = static: scales are of one transformer and {facts.name} has two; set dynamic",
+        )
     if plan.offload == "none":
         return
     if facts.num_experts == 1:

@@ -255,6 +255,11 @@ def test_an_aborted_loop_leaves_nothing_behind():
         ),
         (
             build_expert_pipe,
+            {"linear": {"scheme": "int8", "activation": "static", "granularity": "tensor", "scales": "x.json"}},
+            "linear.activation = static: scales are of one transformer and wan2.2-t2v-2x64 has two",
+        ),
+        (
+            build_expert_pipe,
             {"cache": {"policy": "teacache"}},
             "nothing is published or calibrated for wan2.2-t2v-2x64: set cache.policy = mask",
         ),
