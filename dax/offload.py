@@ -207,7 +207,14 @@ def move(tensor: torch.Tensor, device, edits: Edits) -> None:
 def host_copies(blocks: list[list[torch.Tensor]], pinned: bool) -> list[list[torch.Tensor]]:
     """Copies in one host buffer: pinned memory is handed out in powers of two."""
     size = sum(-(-tensor.nbytes // ALIGN) * ALIGN for block in blocks for tensor in block)
-    buffer, start, found = torch.empty(size, dtype=torch.uint8, pin_memory=pinned), 0, []
+    try:
+        buffer, start, found = torch.empty(size, dtype=torch.uint8, pin_memory=pinned), 0, []
+    except RuntimeError as error:
+        raise DaxError(
+            "out_of_memory",
+            f"offload = experts: the host gives no {size / 2**30:.1f} GiB of pinned memory for an expert: set "
+            "linear.scheme = int8, linear.keep_original = none, or offload = none",
+        ) from error
     for block in blocks:
         found.append([])
         for tensor in block:

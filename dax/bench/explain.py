@@ -101,9 +101,10 @@ def explain(
 
 
 def device_bytes(facts: Facts, plan: Plan, tokens: int) -> int:
-    """Weights of all transformers that lie on the device at a time, and activations."""
+    """Weights of all transformers that lie on the device at a time, activations, and what is remembered of the text."""
     weights = roofline.device_weight_bytes(facts, plan.linear.scheme != "none", plan.offload == "experts")
-    return weights + roofline.activation_bytes(facts, tokens)
+    remembered = 0 if plan.compile == "blocks" else roofline.text_memory_bytes(facts)
+    return weights + roofline.activation_bytes(facts, tokens) + remembered
 
 
 def expert_figures(facts: Facts, plan: Plan, steps: int, cached: dict | None) -> dict:
@@ -314,8 +315,8 @@ def expert_lines(result: dict) -> list[str]:
     return [
         f"two experts: {first} steps down to the boundary at {experts['boundary_ratio']:g}, then {second}; "
         f"{forwards[0]} and {forwards[1]} forwards",
-        f"memory with both: weights {experts['device_weights_gib']:.2f} GiB on the device, with activations about "
-        f"{result['device_gib']:.2f} GiB" + (f"; {host:.2f} GiB of the host's" if host else ""),
+        f"memory with both: weights {experts['device_weights_gib']:.2f} GiB on the device, with activations and the text's "
+        f"keys about {result['device_gib']:.2f} GiB" + (f"; {host:.2f} GiB of the host's" if host else ""),
     ]
 
 

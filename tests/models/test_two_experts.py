@@ -224,9 +224,13 @@ def test_the_texts_keys_are_computed_once_an_expert_wherever_its_weights_are(mon
     wan.check_processor()
     right = wan.text_operands
     monkeypatch.setattr(wan, "text_operands", lambda attn, text: calls.append(attn) or right(attn, text))
+    remembered = []
     with dax.optimize(pipe, blocks={"fused": False}, offload="experts"):
-        latents(pipe)
+        memory = pipe.transformer.blocks[0].attn2.processor.text
+        count = lambda pipe, step, timestep, tensors: remembered.append(len(memory.known)) or tensors
+        latents(pipe, callback_on_step_end=count)
     assert len(calls) == 2 * 2 * LAYERS
+    assert remembered == [2] * 4, "both prompts, of one expert"
 
 
 def test_an_aborted_loop_leaves_nothing_behind():
@@ -279,6 +283,20 @@ def test_experts_that_differ_cannot_take_turns():
     with pytest.raises(DaxError, match="blocks.1 of the two experts differ"):
         dax.optimize(pipe, "exact", offload="experts")
     assert relative(latents(pipe), stock) < 1e-5
+
+
+def test_a_host_too_small_for_both_is_named(monkeypatch):
+    pipe = build_expert_pipe()
+    stock = latents(pipe)
+
+    def full(*_, **__):
+        raise RuntimeError("CUDA error: out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(DaxError, match="no 0.0 GiB of pinned memory") as caught:
+        patch.setattr("dax.offload.torch.empty", full)
+        dax.optimize(pipe, "exact", offload="experts")
+    assert caught.value.exit_code == 5
+    assert torch.equal(latents(pipe), stock)
 
 
 def test_nothing_is_published_for_the_real_ones():
