@@ -315,8 +315,8 @@ def expert_lines(result: dict) -> list[str]:
     return [
         f"two experts: {first} steps down to the boundary at {experts['boundary_ratio']:g}, then {second}; "
         f"{forwards[0]} and {forwards[1]} forwards",
-        f"memory with both: weights {experts['device_weights_gib']:.2f} GiB on the device, with activations and the text's "
-        f"keys about {result['device_gib']:.2f} GiB" + (f"; {host:.2f} GiB of the host's" if host else ""),
+        f"memory with both: weights {experts['device_weights_gib']:.2f} GiB on the device, with activations and the "
+        f"text's keys about {result['device_gib']:.2f} GiB" + (f"; {host:.2f} GiB of the host's" if host else ""),
     ]
 
 

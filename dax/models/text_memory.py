@@ -17,7 +17,7 @@ MOST_PROMPTS = 4  # remembered at a time: guidance has two
 
 
 class TextMemory:
-    """{prompt and image embedding: {layer: operands}} of a pipeline's transformer, of two experts the one that ran last.
+    """{prompt and image embedding: {layer: operands}} of a pipeline's transformer, of two the one that ran last.
 
     It keeps no embedding alive.
     """

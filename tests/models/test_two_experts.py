@@ -197,6 +197,19 @@ def test_blocks_take_turns_on_the_device():
         assert seen == [(0, True)] + [(1, True)] * 2 + [(0, True)]
 
 
+def test_a_block_makes_room_while_the_next_ones_run():
+    """In the last forward of an expert, not in those before."""
+    pipe = build_expert_pipe()
+    device = next(pipe.transformer.blocks[0].parameters()).data_ptr()
+    seen = []
+    with dax.optimize(pipe, "exact", offload="experts"):
+        place = next(pipe.transformer_2.blocks[0].parameters())
+        for transformer in experts(pipe):
+            transformer.blocks[1].register_forward_pre_hook(lambda *_: seen.append(place.data_ptr() == device))
+        latents(pipe)
+    assert seen == [False] * 3 + [True] * 4 + [False]
+
+
 def test_an_expert_that_was_not_announced_is_brought_first():
     """Called by hand, in any order."""
     pipe = build_expert_pipe()
