@@ -80,7 +80,7 @@ def apply(
     from dax.compile import apply_compile
     from dax.models.text_memory import remember_text
     from dax.models.wan import WanProcessor
-    from dax.models.wan_block import apply_blocks
+    from dax.models.wan_block import apply_blocks, compile_kernels
     from dax.offload import apply_turns, bring_together
 
     plan = resolved.plan
@@ -102,6 +102,8 @@ def apply(
         changes.append(Change("offload", plan.offload, "tensors of transformer_2 moved beside the first", moved, moved))
     if plan.blocks.fused:
         changes.append(Change("blocks.fused", "true", "transformer blocks", apply_blocks(target, edits), total))
+    if machine.device == "cuda":
+        compile_kernels(target)
     if plan.offload == "experts":
         count = apply_turns(target, position, edits)
         changes.append(Change("offload", "experts", "pairs of blocks that take turns", count, total // 2))

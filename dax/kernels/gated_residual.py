@@ -5,6 +5,7 @@ import torch
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
 from dax.kernels.quantize import load_row, row_meta, store_row
+from dax.kernels.start import start
 
 
 def gated_residual_reference(y: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -18,7 +19,7 @@ def gated_residual_reference(y: torch.Tensor, gate: torch.Tensor, residual: torc
     return (residual.float() + y.float() * gate[:, None]).to(residual.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gate_kernel(Y, Gate, Residual, Out, tokens, gate_stride, C: tl.constexpr, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     ys = load_row(Y + row * C, C, CHUNK)
@@ -36,7 +37,7 @@ def launch(y: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor) -> torch
     gate = gate.float().contiguous()
     stride = C if len(gate) > 1 else 0
     with torch.cuda.device_of(y):
-        gate_kernel[(B * S,)](y.contiguous(), gate, residual.contiguous(), out, S, stride, **row_meta(C))
+        start(gate_kernel, (B * S,), y.contiguous(), gate, residual.contiguous(), out, S, stride, **row_meta(C))
     return out
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
 from dax.kernels.quantize import LARGEST, decoded, load_row, quantize_rows_reference, row_meta, store_codes, store_row
+from dax.kernels.start import start
 
 
 def norm_modulate_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
@@ -40,7 +41,7 @@ def norm_modulate_quantize_reference(
     return quantize_rows_reference(norm_modulate_reference(x.float(), weight, bias, eps), dtype, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def norm_kernel(
     X,
     Weight,
@@ -82,18 +83,18 @@ def norm_kernel(
         store_codes(Out + row * C, out, Scale + row, StaticScale, inverse * 0.0, C, CHUNK, LARGEST)
 
 
-def start(x, weight, bias, eps, out, scale, static_scale) -> None:
+def normed(x, weight, bias, eps, out, scale, static_scale) -> None:
     B, S, C = x.shape
     weight, bias = (v.float().contiguous() for v in (weight, bias))
     stride = C if len(weight) > 1 else 0
     static = {"LARGEST": LARGEST.get(out.dtype, 0.0)} | row_meta(C)
     with torch.cuda.device_of(x):
-        norm_kernel[(B * S,)](x.contiguous(), weight, bias, out, scale, static_scale, S, stride, eps, **static)
+        start(norm_kernel, (B * S,), x.contiguous(), weight, bias, out, scale, static_scale, S, stride, eps, **static)
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    start(x, weight, bias, eps, out, None, None)
+    normed(x, weight, bias, eps, out, None, None)
     return out
 
 
@@ -107,7 +108,7 @@ def launch_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(x.shape, device=x.device, dtype=dtype)
     row_scale = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
-    start(x, weight, bias, eps, codes, row_scale, scale)
+    normed(x, weight, bias, eps, codes, row_scale, scale)
     return codes, row_scale
 
 

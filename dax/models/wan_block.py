@@ -18,9 +18,11 @@ from dax.errors import DaxError
 from dax.kernels.gated_residual import gated_residual
 from dax.kernels.norm_modulate import norm_modulate, norm_modulate_quantize
 from dax.kernels.scaled_linear import scaled_linear
+from dax.kernels.start import compiled_ahead
 from dax.models.wan import TEXT_TOKENS, WanProcessor, attend_heads, attend_text, small_numbers
 from dax.quant.linear import QuantLinear
 
+FEW_TOKENS = 128
 Activation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # bf16, or 8 bits and a scale for each token
 
 
@@ -177,6 +179,23 @@ def apply_blocks(target, edits: Edits) -> int:
         join(projections(block.attn1), edits)
         edits.set_attribute(block, "forward", partial(block_forward, block))
     return len(target.blocks())
+
+
+def compile_kernels(target) -> None:
+    """Compile what the blocks on a GPU will launch, all kernels at once: each kind of block sees a few tokens.
+
+    The kernels serve any number of tokens. Blocks that wait elsewhere, as when offloaded, compile at their first call.
+    """
+    facts = target.facts
+    for transformer in target.transformers:
+        kinds = {repr(block): block for block in transformer.blocks if block.scale_shift_table.is_cuda}
+        for block in kinds.values():
+            device = block.scale_shift_table.device
+            zeros = partial(torch.zeros, device=device, dtype=transformer.dtype)
+            x, text = zeros(1, FEW_TOKENS, facts.width), zeros(1, facts.image_tokens + TEXT_TOKENS, facts.width)
+            rotary = (torch.zeros(1, FEW_TOKENS, 1, facts.head_dim, device=device),) * 2
+            with torch.cuda.device(device), torch.no_grad(), compiled_ahead():
+                block(x, text, zeros(1, 6, facts.width), rotary)
 
 
 def segments(block) -> dict[str, bool]:
