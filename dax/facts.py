@@ -5,6 +5,7 @@ refuses every family DAX does not know, before a weight is read.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -13,11 +14,13 @@ from dax.errors import DaxError, nearest
 
 SUPPORTED = (
     "Wan2.1 text-to-video (WanPipeline with one 16-channel WanTransformer3DModel), image-to-video and "
-    "first-last-frame (WanImageToVideoPipeline with 36 channels and image tokens)"
+    "first-last-frame (WanImageToVideoPipeline with 36 channels and image tokens), "
+    "text- and image-to-video of Wan2.2 A14B (two experts, a boundary_ratio, no image tokens)"
 )
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 COMPONENTS = {  # of a pipeline folder: library, classes
     "transformer": ("diffusers", "WanTransformer3DModel"),
+    "transformer_2": ("diffusers", "WanTransformer3DModel"),
     "vae": ("diffusers", "AutoencoderKLWan"),
     "text_encoder": ("transformers", "UMT5EncoderModel"),
     "tokenizer": ("transformers", "T5Tokenizer(Fast)?"),
@@ -39,6 +42,7 @@ class Defaults:
     num_frames: int
     steps: int = 50
     guidance_scale: float = 5.0
+    guidance_scale_2: float | None = None  # of the second expert, where there are two
     flow_shift: float = 3.0
     fps: int = 16
 
@@ -50,6 +54,8 @@ class Facts:
     `patch` is (time, height, width) in latent cells; `vae_temporal` and `vae_spatial` are pixels per latent cell.
     `image_tokens` go before the text's in cross-attention, 0 for text-to-video: CLIP_TOKENS of width `image_dim` for
     each image; `image_positions` tells whether they get a position embedding, as first-last-frame has.
+    With a `boundary_ratio` there are two experts of these shapes: one for the timesteps from that share of all on, one
+    for those below; else None.
     """
 
     name: str
@@ -72,6 +78,7 @@ class Facts:
     image_tokens: int = 0
     image_dim: int | None = None
     image_positions: bool = False
+    boundary_ratio: float | None = None
     full_precision: tuple[str, ...] = ("condition_embedder", "proj_out")  # linear layers that 8 bits leave alone
     family: str = "wan-t2v"
     pipeline_class: str = "WanPipeline"
@@ -89,8 +96,20 @@ class Facts:
 
     @property
     def num_images(self) -> int:
-        """Images the transformer is given: none, the first frame, or the first and the last."""
-        return self.image_tokens // CLIP_TOKENS
+        """Images a clip starts from: none, the first frame, or the first and the last."""
+        return max(self.image_tokens // CLIP_TOKENS, int(self.in_channels > self.out_channels))
+
+    @property
+    def num_experts(self) -> int:
+        """Transformers that share the loop."""
+        return 1 if self.boundary_ratio is None else 2
+
+    def expert_steps(self, timesteps: Sequence[float], train_steps: int = 1000) -> tuple[int, ...]:
+        """How many of a loop's steps each expert takes, by the timesteps of a scheduler trained on `train_steps`."""
+        if self.boundary_ratio is None:
+            return (len(timesteps),)
+        first = sum(t >= self.boundary_ratio * train_steps for t in timesteps)  # they fall
+        return first, len(timesteps) - first
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
         """(channels, frames, rows, columns) of what the transformer is given: the latent video, and its condition."""
@@ -166,6 +185,18 @@ def image_to_video(name: str, defaults: Defaults, num_images: int = 1) -> Facts:
     )  # fmt: skip
 
 
+WITHOUT_IMAGE_TOKENS = {  # channels: what Wan2.2 A14B is
+    16: {"family": "wan2.2-t2v"},
+    36: {"family": "wan2.2-i2v", "in_channels": 36, "pipeline_class": "WanImageToVideoPipeline"},
+}
+
+
+def a14b(name: str, defaults: Defaults, boundary_ratio: float, channels: int) -> Facts:
+    """Wan2.2 with two experts, each of Wan2.1 14B's shapes."""
+    kind = WITHOUT_IMAGE_TOKENS[channels]
+    return Facts(name, 40, 40, 128, 13824, defaults, boundary_ratio=boundary_ratio, **kind)
+
+
 FACTS = {
     facts.name: facts
     for facts in (
@@ -175,6 +206,18 @@ FACTS = {
         image_to_video("wan2.1-i2v-14b-480p", Defaults(480, 832, 81, steps=40)),
         image_to_video("wan2.1-i2v-14b-720p", Defaults(720, 1280, 81, steps=40, flow_shift=5.0)),
         image_to_video("wan2.1-flf2v-14b-720p", Defaults(720, 1280, 81, flow_shift=16.0), num_images=2),
+        a14b(
+            "wan2.2-t2v-a14b",
+            Defaults(720, 1280, 81, steps=40, guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0),
+            boundary_ratio=0.875,
+            channels=16,
+        ),
+        a14b(
+            "wan2.2-i2v-a14b",
+            Defaults(720, 1280, 81, steps=40, guidance_scale=3.5, guidance_scale_2=3.5, flow_shift=5.0),
+            boundary_ratio=0.9,
+            channels=36,
+        ),
     )
 }
 
@@ -186,16 +229,21 @@ def facts_named(name: str) -> Facts:
     return FACTS[name]
 
 
-def facts_from_config(model_index: dict | None, transformer_config: dict, flow_shift: float | None = None) -> Facts:
+def facts_from_config(
+    model_index: dict | None,
+    transformer_config: dict,
+    flow_shift: float | None = None,
+    second_config: dict | None = None,
+) -> Facts:
     """Facts of a diffusers folder, from `model_index.json` (None for a bare transformer) and the transformer's config.
 
     A key the config leaves out has the vendor's default, as it has when diffusers loads it.
     flow_shift   of the scheduler, where known: Wan2.1 I2V 480P and 720P are one config, and this alone tells which of
                  them is meant; 480P unless it is that of 720P
+    second_config   of transformer_2, where the index names one: it must be of the same shapes
     DaxError("bad_model") for another family, a variant DAX does not know, or an impossible value.
     """
-    if model_index is not None:
-        check_model_index(model_index)
+    boundary = None if model_index is None else check_model_index(model_index)
     config = check_mapping(transformer_config, "transformer/config.json")
     check_class(config, "transformer/config.json", "WanTransformer3DModel")
     if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
@@ -210,13 +258,12 @@ def facts_from_config(model_index: dict | None, transformer_config: dict, flow_s
         return value
 
     image = config.get("image_dim") is not None
-    for key, known in (("in_channels", 36 if image else 16), ("out_channels", 16)):
+    for key, known in (("in_channels", (36,) if image else (16, 36)), ("out_channels", (16,))):
         channels = config.get(key, 16)
-        if channels is None and key == "out_channels" and not image:  # the vendor takes in_channels
+        if channels is None and key == "out_channels" and config.get("in_channels", 16) == 16:  # as the vendor has it
             continue
-        if number(key, 16, 4096) != known:
-            why = " without image tokens means Wan2.2 image-to-video" if channels == 36 else ""
-            refuse(f"transformer/config.json: {key} = {channels}{why or ' with image tokens' * image}")
+        if number(key, 16, 4096) not in known:
+            refuse(f"transformer/config.json: {key} = {channels}{' with image tokens' * image}")
     patch = config.get("patch_size", [1, 2, 2])
     if not isinstance(patch, list | tuple) or list(patch) != [1, 2, 2]:
         refuse(f"transformer/config.json: patch_size = {patch!r}")
@@ -233,7 +280,8 @@ def facts_from_config(model_index: dict | None, transformer_config: dict, flow_s
         )
     facts = Facts(
         name="",
-        **image_facts(config, number) if image else no_image(config),
+        **image_facts(config, number) if image else no_image(config, boundary),
+        boundary_ratio=boundary,
         num_layers=number("num_layers", 40, 1000),
         num_heads=number("num_attention_heads", 40, 1000),
         head_dim=head_dim,
@@ -247,7 +295,28 @@ def facts_from_config(model_index: dict | None, transformer_config: dict, flow_s
     )
     if model_index is not None and model_index["_class_name"] != facts.pipeline_class:
         refuse(f"model_index.json: {model_index['_class_name']} around a transformer for {facts.pipeline_class}")
+    if model_index is not None:
+        check_experts(facts, second_config)
     return named(facts, flow_shift)
+
+
+def check_experts(facts: Facts, second_config: dict | None) -> None:
+    """Refuse a pipeline that lacks an expert, or whose two are not of one kind."""
+    if facts.boundary_ratio is None:
+        if facts.num_images and not facts.image_tokens:
+            refuse("model_index.json: 36 channels without image tokens take two experts, and it has no boundary_ratio")
+        return
+    if facts.image_tokens:
+        refuse(f"model_index.json: boundary_ratio = {facts.boundary_ratio} with image tokens")
+    if second_config is None:
+        raise DaxError("bad_model", "transformer_2/config.json: missing: one expert is not enough")
+    alone = replace(facts, boundary_ratio=None)
+    try:
+        second = facts_from_config(None, second_config)
+    except DaxError as error:
+        raise DaxError(error.code, str(error).replace("transformer/", "transformer_2/", 1)) from None
+    if replace(alone, name="", family="", defaults=second.defaults) != replace(second, name="", family=""):
+        raise DaxError("bad_model", "transformer_2/config.json: not of the shapes of transformer/config.json")
 
 
 def flow_shift_of(scheduler_config: Any) -> float | None:
@@ -287,30 +356,34 @@ def image_facts(config: dict, number) -> dict[str, Any]:
     }
 
 
-def no_image(config: dict) -> dict[str, Any]:
-    """Nothing; refuses a text-to-video transformer with parts of image-to-video."""
+def no_image(config: dict, boundary_ratio: float | None) -> dict[str, Any]:
+    """What no image tokens mean beside two experts or 36 channels; refuses a transformer that has parts for them."""
     for key in ("added_kv_proj_dim", "pos_embed_seq_len"):
         if config.get(key) is not None:
             refuse(f"transformer/config.json: {key} = {config[key]!r} without image_dim")
-    return {}
+    channels = config.get("in_channels", 16)
+    return WITHOUT_IMAGE_TOKENS[channels] if boundary_ratio is not None or channels == 36 else {}
 
 
-def check_model_index(model_index: dict) -> None:
-    """Refuse a pipeline that is not plain Wan2.1 or names a foreign class, by its index alone."""
+def check_model_index(model_index: dict) -> float | None:
+    """The boundary_ratio of an index. Refuses a pipeline DAX does not know, and foreign classes, by the index alone."""
     index = check_mapping(model_index, "model_index.json")
     check_class(index, "model_index.json", *PIPELINES)
+    second, boundary = index.get("transformer_2") not in (None, [None, None]), index.get("boundary_ratio")
+    if second != (boundary is not None):
+        named_so = f"transformer_2 = {index.get('transformer_2')!r} and boundary_ratio = {boundary!r}"
+        refuse(f"model_index.json: {named_so}: two experts need both")
+    if boundary is not None and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
+        raise DaxError("bad_model", f"model_index.json: boundary_ratio = {boundary!r} must be a number from 0 to 1")
     components = COMPONENTS | (IMAGE_COMPONENTS if index["_class_name"] == "WanImageToVideoPipeline" else {})
     for key, value in index.items():
         if key.startswith("_"):
             continue
-        if key == "transformer_2" and value not in (None, [None, None]):
-            refuse("model_index.json: transformer_2 means Wan2.2 with two experts")
-        if key == "boundary_ratio" and value is not None:
-            refuse(f"model_index.json: boundary_ratio = {value!r} means Wan2.2 with two experts")
         if key == "expand_timesteps" and value:
             refuse("model_index.json: expand_timesteps means Wan2.2 TI2V-5B")
         if isinstance(value, list) and value != [None, None] or key in components and value is not None:
             check_component(key, value, *components.get(key, ("", "")))
+    return boundary
 
 
 def check_component(name: str, value: Any, library: str, classes: str) -> None:

@@ -26,6 +26,8 @@ I2V_INDEX = INDEX | {
     "image_encoder": ["transformers", "CLIPVisionModel"],
     "image_processor": ["transformers", "CLIPImageProcessor"],
 }
+SECOND = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
+EXPERTS = INDEX | SECOND | {"boundary_ratio": 0.875}
 IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 384}
 
 
@@ -42,9 +44,11 @@ def test_counts_equal_the_vendors_modules(name):
     assert sum(p.numel() for p in model.blocks[0].parameters()) == facts.num_block_parameters
     assert len(model.blocks) == facts.num_layers
     assert (model.blocks[0].attn1.heads, model.blocks[0].attn1.inner_dim) == (facts.num_heads, facts.width)
-    index = I2V_INDEX if facts.image_tokens else INDEX
+    index = I2V_INDEX if facts.num_images else INDEX
+    if facts.num_experts == 2:
+        index = index | SECOND | {"boundary_ratio": facts.boundary_ratio}
     config = {"_class_name": "WanTransformer3DModel"} | dict(model.config)
-    assert facts_from_config(index, config, facts.defaults.flow_shift) == facts
+    assert facts_from_config(index, config, facts.defaults.flow_shift, config) == facts
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     assert sorted(facts.linear_layers()) == sorted(linears)
 
@@ -58,6 +62,7 @@ def test_sizes_in_words():
     assert FACTS["tiny"].size_multiple == 16
     assert round(FACTS["wan2.1-i2v-14b-480p"].num_parameters / 1e9, 1) == 16.4
     assert [FACTS[name].num_images for name in ("tiny", "wan2.1-i2v-14b-720p", "wan2.1-flf2v-14b-720p")] == [0, 1, 2]
+    assert [FACTS[f"wan2.2-{name}-a14b"].num_images for name in ("t2v", "i2v")] == [0, 1]
 
 
 def test_tokens_equal_the_vendors(random_pipe):
@@ -162,6 +167,8 @@ FOREIGN = {
     "wan i2v 36 channels": (INDEX, {"in_channels": 36}),
     "wan2.2 two experts": (INDEX | {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, {}),
     "wan2.2 boundary": (INDEX | {"boundary_ratio": 0.875}, {}),
+    "wan2.2 t2v pipeline, i2v inside": (EXPERTS, {"in_channels": 36}),
+    "two experts with image tokens": (I2V_INDEX | SECOND | {"boundary_ratio": 0.9}, IMAGE),
     "wan2.2 5b": (INDEX | {"expand_timesteps": True}, {"in_channels": 48, "out_channels": 48}),
     "wan2.2 5b bare": (None, {"in_channels": 48, "out_channels": 48}),
     "wan vace": (INDEX, {"_class_name": "WanVACETransformer3DModel"}),
@@ -177,3 +184,28 @@ def test_other_families_are_refused_from_config_alone(case):
     with pytest.raises(DaxError, match="supported: Wan2.1 text-to-video") as caught:
         facts_from_config(index, config_of("tiny") | difference)
     assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
+
+
+def test_experts_of_other_shapes_or_none_are_refused():
+    config = config_of("tiny")
+    assert facts_from_config(EXPERTS, config, None, config).name == "wan2.2-t2v-4x384"
+    for second, says in (
+        (None, "transformer_2/config.json: missing: one expert is not enough"),
+        (config | {"num_layers": 3}, "transformer_2/config.json: not of the shapes of transformer/config.json"),
+        (config | {"num_layers": 0}, "transformer_2/config.json: num_layers = 0"),
+    ):
+        with pytest.raises(DaxError, match=says):
+            facts_from_config(EXPERTS, config, None, second)
+    with pytest.raises(DaxError, match="model_index.json: transformer_2 = ..os', 'system'.: not supported"):
+        facts_from_config(EXPERTS | {"transformer_2": ["os", "system"]}, config, None, config)
+    for ratio in (True, -0.1, "0.9"):
+        with pytest.raises(DaxError, match="boundary_ratio = .* must be a number from 0 to 1"):
+            facts_from_config(EXPERTS | {"boundary_ratio": ratio}, config, None, config)
+
+
+def test_the_experts_share_the_steps_as_the_pipeline_has_it():
+    """t >= boundary_ratio * 1000 is the first expert's."""
+    facts = FACTS["wan2.2-t2v-a14b"]
+    assert facts.expert_steps([999.0, 875.0, 874.9, 3.0]) == (2, 2)
+    assert facts.expert_steps([874, 3]) == (0, 2) and facts.expert_steps([999]) == (1, 0)
+    assert FACTS["wan2.1-t2v-14b"].expert_steps([999, 3]) == (2,)

@@ -27,7 +27,7 @@ def calls_of(facts: Facts, model, size: Size, device: str):
 
 def image_embeds(facts: Facts, gaussian):
     """[images, CLIP tokens, image_dim] as the image encoder gives them; None for text-to-video."""
-    return gaussian(facts.num_images, CLIP_TOKENS, facts.image_dim) if facts.num_images else None
+    return gaussian(facts.num_images, CLIP_TOKENS, facts.image_dim) if facts.image_tokens else None
 
 
 def operations_of(
