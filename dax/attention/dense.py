@@ -14,7 +14,6 @@ from dax.attention.backend import Backend, package
 from dax.hardware import machine
 from dax.kernels.qk_norm_rope import QK_NORM_ROPE
 
-
 TORCHS_OWN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
