@@ -24,7 +24,7 @@ EFFORT = Effort(budgets=SHARES, batch=16)
 ENDS = (0, 1, 2, 3)  # steps TeaCache computes at the end
 HEADS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15)  # steps a rival computes at the start
 CAPS = (1, 2, 3, 4, 6, 8, 10)  # MagCache's K
-MOST_MASKS = 24  # of a rival, spread over all that its settings give
+MOST_MASKS = 20  # of a rival, spread over all that its settings give
 FINALISTS = 3  # of them, also tried in the residual form
 COLUMNS = {
     "share": "share",

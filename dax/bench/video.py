@@ -63,6 +63,8 @@ def bench(
     with torch.no_grad():
         engine = optimize(pipe, plan, linear={"keep_original": "none"})  # nothing is undone
         log(engine.summary())
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()  # of the loop, not of building random weights
         gated = [(x, x.forward) for x in (pipe.transformer, pipe.transformer_2) if x is not None]
         for (transformer, _), expert in zip(gated, engine.gate.experts):  # the same kernels, ungated
             transformer.forward = expert.forward
