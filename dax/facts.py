@@ -13,7 +13,8 @@ from dax.errors import DaxError, nearest
 
 SUPPORTED = (
     "Wan2.1 text-to-video (WanPipeline with one 16-channel WanTransformer3DModel), image-to-video and "
-    "first-last-frame (WanImageToVideoPipeline with 36 channels and image tokens)"
+    "first-last-frame (WanImageToVideoPipeline with 36 channels and image tokens), Wan2.2 TI2V-5B (either pipeline with "
+    "48 channels and expand_timesteps)"
 )
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 COMPONENTS = {  # of a pipeline folder: library, classes
@@ -49,7 +50,8 @@ class Facts:
 
     `patch` is (time, height, width) in latent cells; `vae_temporal` and `vae_spatial` are pixels per latent cell.
     `image_tokens` go before the text's in cross-attention, 0 for text-to-video: CLIP_TOKENS of width `image_dim` for
-    each image; `image_positions` tells whether they get a position embedding, as first-last-frame has.
+    each image; `image_positions` tells whether they get a position embedding, as first-last-frame has. With
+    `token_time` each token has a timestep, and a given first frame stands in the latents at timestep 0.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Facts:
     image_tokens: int = 0
     image_dim: int | None = None
     image_positions: bool = False
+    token_time: bool = False
     full_precision: tuple[str, ...] = ("condition_embedder", "proj_out")  # linear layers that 8 bits leave alone
     family: str = "wan-t2v"
     pipeline_class: str = "WanPipeline"
@@ -89,7 +92,9 @@ class Facts:
 
     @property
     def num_images(self) -> int:
-        """Images the transformer is given: none, the first frame, or the first and the last."""
+        """Images the pipeline is given: none, the first frame, or the first and the last."""
+        if self.token_time:
+            return int(self.pipeline_class == "WanImageToVideoPipeline")
         return self.image_tokens // CLIP_TOKENS
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
@@ -166,6 +171,7 @@ def image_to_video(name: str, defaults: Defaults, num_images: int = 1) -> Facts:
     )  # fmt: skip
 
 
+TI2V = {"in_channels": 48, "out_channels": 48, "vae_spatial": 16, "token_time": True, "family": "wan-ti2v"}
 FACTS = {
     facts.name: facts
     for facts in (
@@ -175,6 +181,7 @@ FACTS = {
         image_to_video("wan2.1-i2v-14b-480p", Defaults(480, 832, 81, steps=40)),
         image_to_video("wan2.1-i2v-14b-720p", Defaults(720, 1280, 81, steps=40, flow_shift=5.0)),
         image_to_video("wan2.1-flf2v-14b-720p", Defaults(720, 1280, 81, flow_shift=16.0), num_images=2),
+        Facts("wan2.2-ti2v-5b", 30, 24, 128, 14336, Defaults(704, 1280, 121, flow_shift=5.0, fps=24), **TI2V),
     )
 }
 
@@ -210,7 +217,9 @@ def facts_from_config(model_index: dict | None, transformer_config: dict, flow_s
         return value
 
     image = config.get("image_dim") is not None
+    special = TI2V if config.get("in_channels") == 48 and not image else {}
     for key, known in (("in_channels", 36 if image else 16), ("out_channels", 16)):
+        known = special.get(key, known)
         channels = config.get(key, 16)
         if channels is None and key == "out_channels" and not image:  # the vendor takes in_channels
             continue
@@ -233,7 +242,7 @@ def facts_from_config(model_index: dict | None, transformer_config: dict, flow_s
         )
     facts = Facts(
         name="",
-        **image_facts(config, number) if image else no_image(config),
+        **image_facts(config, number) if image else no_image(config) | special,
         num_layers=number("num_layers", 40, 1000),
         num_heads=number("num_attention_heads", 40, 1000),
         head_dim=head_dim,
@@ -245,8 +254,14 @@ def facts_from_config(model_index: dict | None, transformer_config: dict, flow_s
         rope_max_seq_len=number("rope_max_seq_len", 1024, 1_000_000),
         defaults=FACTS["wan2.1-t2v-1.3b"].defaults,
     )
-    if model_index is not None and model_index["_class_name"] != facts.pipeline_class:
-        refuse(f"model_index.json: {model_index['_class_name']} around a transformer for {facts.pipeline_class}")
+    if model_index is not None:
+        pipeline = model_index["_class_name"]
+        if facts.token_time:
+            facts = replace(facts, pipeline_class=pipeline)
+        if pipeline != facts.pipeline_class:
+            refuse(f"model_index.json: {pipeline} around a transformer for {facts.pipeline_class}")
+        if bool(expanded := model_index.get("expand_timesteps")) != facts.token_time:
+            refuse(f"model_index.json: expand_timesteps = {expanded!r} around {facts.in_channels} channels")
     return named(facts, flow_shift)
 
 
@@ -258,14 +273,15 @@ def flow_shift_of(scheduler_config: Any) -> float | None:
 
 def named(facts: Facts, flow_shift: float | None) -> Facts:
     """The known model of those shapes that is meant at that flow_shift; else named after family and sizes."""
+    free = {"rope_max_seq_len": facts.rope_max_seq_len, "pipeline_class": facts.pipeline_class}
     same = [
         known
         for known in FACTS.values()
-        if replace(facts, name=known.name, defaults=known.defaults, rope_max_seq_len=known.rope_max_seq_len) == known
+        if replace(facts, name=known.name, defaults=known.defaults) == replace(known, **free)
     ]
     if same:
         found = next((known for known in same if known.defaults.flow_shift == flow_shift), same[0])
-        return replace(found, rope_max_seq_len=facts.rope_max_seq_len)
+        return replace(found, **free)
     return replace(facts, name=f"{facts.family}-{facts.num_layers}x{facts.width}")
 
 
@@ -307,8 +323,6 @@ def check_model_index(model_index: dict) -> None:
             refuse("model_index.json: transformer_2 means Wan2.2 with two experts")
         if key == "boundary_ratio" and value is not None:
             refuse(f"model_index.json: boundary_ratio = {value!r} means Wan2.2 with two experts")
-        if key == "expand_timesteps" and value:
-            refuse("model_index.json: expand_timesteps means Wan2.2 TI2V-5B")
         if isinstance(value, list) and value != [None, None] or key in components and value is not None:
             check_component(key, value, *components.get(key, ("", "")))
 

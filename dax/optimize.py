@@ -76,6 +76,7 @@ def apply(
     """
     from dax.compile import apply_compile
     from dax.models.text_memory import remember_text
+    from dax.models.token_time import apply_token_time
     from dax.models.wan import WanProcessor
     from dax.models.wan_block import apply_blocks
 
@@ -89,6 +90,7 @@ def apply(
         count = attention.apply_attention(layers, processor, edits)
         name = processor.backend.name
         changes.append(Change("attention.kernel", name, f"{kind}-attention layers", count, total))
+    apply_token_time(target, plan.blocks.fused, edits)
     if plan.linear.active:
         from dax.quant import apply_linear
 

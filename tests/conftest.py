@@ -114,6 +114,33 @@ def build_image_pipe(num_images: int = 1, heads: int = 2):
     return pipe
 
 
+TI2V_VAE = {  # residual, in patches of 2 x 2 pixels
+    "base_dim": 4, "decoder_base_dim": 8, "z_dim": 48, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True], "is_residual": True, "in_channels": 12, "out_channels": 12,
+    "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.1] * 48, "latents_std": [1.5] * 48,
+}  # fmt: skip
+
+
+def build_ti2v_pipe(image: bool = True, heads: int = 2):
+    """The pipeline of Wan2.2 TI2V-5B of those parts: 48 channels, a timestep for each token, from an image or not."""
+    import torch
+    from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+
+    parts = build_random_pipe().components
+    config = RANDOM_TRANSFORMER | {"num_attention_heads": heads, "in_channels": 48, "out_channels": 48}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        parts |= {"transformer": WanTransformer3DModel(**config), "vae": AutoencoderKLWan(**TI2V_VAE)}
+        with torch.no_grad():
+            louder(parts["transformer"])
+            parts["transformer"].condition_embedder.time_proj.weight.mul_(4.0)  # the two timesteps differ
+    for name in ("transformer", "vae"):
+        parts[name].eval().requires_grad_(False)
+    pipe = (WanImageToVideoPipeline if image else WanPipeline)(**parts, expand_timesteps=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def louder(transformer) -> list:
     """Gates near 1, sharp attention, strong residuals: a part that is wrong shows. Returns the cross-attentions."""
     for block in transformer.blocks:

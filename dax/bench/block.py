@@ -7,13 +7,15 @@ from dax.facts import Facts
 
 def calls_of(facts: Facts, model, size: Size, device: str):
     """(calls, origin): `calls(arranged)` runs all blocks of an arranged twin of `model` over the same inputs."""
+    from dax.models.token_time import for_blocks
+
     inputs = block_inputs(facts, model, size, device)
 
     def calls(arranged):
         def call():
-            hidden = inputs["hidden_states"]
+            hidden, temb = inputs["hidden_states"], for_blocks(arranged.blocks, inputs["temb"], len(hidden[0]))
             for block in arranged.blocks:
-                hidden = block(hidden, inputs["text"], inputs["temb"], inputs["rotary_emb"])
+                hidden = block(hidden, inputs["text"], temb, inputs["rotary_emb"])
             return hidden
 
         return call
@@ -25,9 +27,12 @@ def block_inputs(facts: Facts, model, size: Size, device: str) -> dict:
     """What a block is called with.
 
     hidden_states [1, S, C], text [1, I + T, C], temb [1, 6, C]   bf16, Gaussian, the same for the same device
+    temb          a Modulation of rows [1, 2, 6, C] where tokens have their own times, as with an image
     rotary_emb    the model's own (cos, sin) table of that size
     """
     import torch
+
+    from dax.models.token_time import Modulation
 
     generator = torch.Generator(device).manual_seed(0)
     tokens = facts.tokens(size.height, size.width, size.num_frames)
@@ -38,10 +43,16 @@ def block_inputs(facts: Facts, model, size: Size, device: str) -> dict:
     latents = facts.latent_shape(size.height, size.width, size.num_frames)
     with torch.no_grad():
         rotary_emb = model.rope(torch.empty(1, device=device).expand(1, *latents))
+    hidden = gaussian(1, tokens, facts.width)
+    text = gaussian(1, facts.image_tokens + facts.text_tokens, facts.width)
+    if facts.token_time:
+        temb = Modulation(gaussian(1, 2, 6, facts.width, std=0.5), facts.tokens(size.height, size.width, 1))
+    else:
+        temb = gaussian(1, 6, facts.width, std=0.5)
     return {
-        "hidden_states": gaussian(1, tokens, facts.width),
-        "text": gaussian(1, facts.image_tokens + facts.text_tokens, facts.width),
-        "temb": gaussian(1, 6, facts.width, std=0.5),
+        "hidden_states": hidden,
+        "text": text,
+        "temb": temb,
         "rotary_emb": rotary_emb,
     }
 

@@ -12,7 +12,7 @@ from math import ceil
 from statistics import median
 
 from dax.bench import report, rivals
-from dax.bench.forward import image_embeds
+from dax.bench.forward import image_embeds, timesteps
 from dax.bench.model import build, facts_of
 from dax.bench.size import checked_size
 from dax.errors import DaxError
@@ -22,6 +22,10 @@ from dax.parallel.launch import run_ranks
 
 ROUNDS = 2
 SAME = 0.03  # from what one GPU computes with the same kernels: bf16 of other shapes rounds otherwise
+RESIDUAL_VAE = {  # that of Wan2.2 TI2V-5B
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
+    "patch_size": 2, "scale_factor_spatial": 16,
+}  # fmt: skip
 COLUMNS = {
     "label": "way",
     "ms_per_layer": "ms/layer",
@@ -130,19 +134,21 @@ def arranged(facts, transformer, plan, parallel: dict | None):
     """(a pipeline around a twin of the transformer under the plan, its engine)."""
     import dax
 
-    pipe = pipeline(rivals.twin(transformer), facts.pipeline_class)
+    pipe = pipeline(rivals.twin(transformer), facts)
     overrides = {"linear": {"keep_original": "none"}} | ({} if parallel is None else {"parallel": parallel})
     return pipe, dax.optimize(pipe, plan, **overrides)  # nothing is undone, and the twins share their originals
 
 
-def pipeline(transformer, pipeline_class: str, vae=None):
+def pipeline(transformer, facts, vae=None):
     """A pipeline that has only what a bench calls, with guidance on."""
     import diffusers
     from diffusers import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     parts = {"tokenizer": None, "text_encoder": None, "vae": vae, "scheduler": scheduler, "transformer": transformer}
-    pipe = getattr(diffusers, pipeline_class)(**parts)
+    if facts.token_time:
+        parts["expand_timesteps"] = True
+    pipe = getattr(diffusers, facts.pipeline_class)(**parts)
     pipe._guidance_scale = 5.0
     return pipe
 
@@ -158,7 +164,7 @@ def call_of(facts, pixels: dict, model, device: str, branches: int):
 
     latents, text = gaussian(1, *facts.latent_shape(**pixels)), gaussian(1, facts.text_tokens, facts.text_dim)
     images = image_embeds(facts, gaussian)
-    timestep = torch.tensor([500], device=device)
+    timestep = timesteps(facts, pixels, device)
 
     def call():
         outputs = []
@@ -266,10 +272,11 @@ def decode_rows(pixels: dict, facts, device: str, clock: Clock) -> list[dict]:
     from dax.parallel.wire import Wire
 
     torch.manual_seed(0)
-    small = {"base_dim": 16, "num_res_blocks": 1} if device == "cpu" else {}
-    vae = AutoencoderKLWan(**small).to(device).eval()
+    small = {"base_dim": 16, "decoder_base_dim": None, "num_res_blocks": 1} if device == "cpu" else {}
+    config = RESIDUAL_VAE if facts.token_time else {}
+    vae = AutoencoderKLWan(**config | small).to(device).eval()
     _, frames, height, width = facts.latent_shape(**pixels)
-    z = torch.randn(1, 16, frames, height, width, generator=torch.Generator().manual_seed(0)).to(device)
+    z = torch.randn(1, facts.out_channels, frames, height, width, generator=torch.Generator().manual_seed(0)).to(device)
     rows, clips, edits = [], [], Edits()
     for label in ("VAE decode, one GPU", "VAE decode, split"):
         if clips:
@@ -299,5 +306,3 @@ def links(device: str, gpus: int) -> list[dict]:
 
 def relative(x, reference) -> float:
     return ((x - reference).norm() / reference.norm()).item()
-
-

@@ -69,6 +69,8 @@ def block_operations(
     out = 0.5 if gemm_dtype in EIGHT_BITS else 1  # of what a fused pass writes for the next product
     gelu = 2 * 2 * S * F  # read and write S x F in bf16
     affine = 10 * U if facts.cross_attn_norm else 0
+    # a row of fp32 modulation for every token: 42 U to cast and add the six, 20 U more for where they are used
+    token_time = [elementwise("modulation of every token", 62 * U, 0, count)] if facts.token_time else []
     image = []
     if tokens_of_image := facts.image_tokens:
         image = [
@@ -77,6 +79,7 @@ def block_operations(
             elementwise("add image attention", 3 * U, 3 * U, count),
         ]
     return [
+        *token_time,
         elementwise("norm1, modulate", 18 * U, (3 + out) * U, count),
         gemm("self q, k, v", S, C, C, gemm_dtype, 3 * count),
         elementwise("self q, k RMS norm", 4 * U, 0, count),
@@ -114,6 +117,7 @@ def forward_operations(
     cells = prod(facts.patch)
     U = 2 * S * C
     layers = facts.num_layers if num_layers is None else num_layers
+    times = 1 + facts.token_time  # distinct ones; stock diffusers embeds every token's
     image = []
     if features := facts.image_dim:
         image = [
@@ -122,9 +126,9 @@ def forward_operations(
         ]
     return [
         gemm("patch embedding", S, facts.in_channels * cells, C),
-        gemm("time embedding, in", 1, facts.freq_dim, C),
-        gemm("time embedding, out", 1, C, C),
-        gemm("time projection", 1, C, 6 * C),
+        gemm("time embedding, in", times, facts.freq_dim, C),
+        gemm("time embedding, out", times, C, C),
+        gemm("time projection", times, C, 6 * C),
         gemm("text embedding, in", T, facts.text_dim, C),
         gemm("text embedding, out", T, C, C),
         *image,

@@ -186,6 +186,7 @@ def pipeline(transformer, facts):
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=facts.defaults.flow_shift
     )
-    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler)
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "transformer": transformer, "scheduler": scheduler}
+    pipe = WanPipeline(**parts, expand_timesteps=facts.token_time)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -18,6 +18,7 @@ from dax.errors import DaxError
 from dax.kernels.gated_residual import gated_residual
 from dax.kernels.norm_modulate import norm_modulate, norm_modulate_quantize
 from dax.kernels.scaled_linear import scaled_linear
+from dax.models.token_time import Modulation, modulation
 from dax.models.wan import TEXT_TOKENS, WanProcessor, attend_heads, attend_text, small_numbers
 from dax.quant.linear import QuantLinear
 
@@ -27,34 +28,41 @@ Activation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # bf16, or 8 bits
 def block_forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb):
     """What WanTransformerBlock.forward computes.
 
-    hidden_states [B, S, C]   encoder_hidden_states [B, I + T, C]   temb [B, 6, C]   rotary_emb as in WanProcessor
+    hidden_states [B, S, C]   encoder_hidden_states [B, I + T, C]   rotary_emb as in WanProcessor
+    temb          [B, 6, C]   or a Modulation of rows [B, R, 6, C]
     returns       [B, S, C]   in hidden_states' dtype; norms, gates and residuals in fp32 inside
     """
-    x, text = hidden_states, encoder_hidden_states
-    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + temb.float()).unbind(1)
+    x, text, times = hidden_states, encoder_hidden_states, modulation(temb)
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + times.rows.float()).unbind(2)
     attn1, attn2, (ffn_in, _, ffn_out) = block.attn1, block.attn2, block.ffn.net
 
-    h = normed(x, 1 + scale, shift, block.norm1.eps, projections(attn1))
+    h = normed(x, 1 + scale, shift, block.norm1.eps, projections(attn1), times.split)
     o = attend_heads(attn1, *queries_keys_values(attn1, h, x.dtype), rotary_emb, attn1.processor.backend)
-    x = added(attn1.to_out[0], o, gate, x)
+    x = added(attn1.to_out[0], o, gate, x, times.split)
 
     norm = block.norm2
-    h = x if isinstance(norm, nn.Identity) else normed(x, norm.weight[None], norm.bias[None], norm.eps, [attn2.to_q])
+    if isinstance(norm, nn.Identity):
+        h = x
+    else:
+        h = normed(x, norm.weight[None, None], norm.bias[None, None], norm.eps, [attn2.to_q])
     o = attend_text(attn2, run(attn2.to_q, h, x.dtype), text, attn2.processor.backend, attn2.processor.text)
     x = added(attn2.to_out[0], o, None, x)
 
-    h = normed(x, 1 + ffn_scale, ffn_shift, block.norm3.eps, [ffn_in.proj])
-    return added(ffn_out, gelu(ffn_in, h, ffn_out, x.dtype), ffn_gate, x)
+    h = normed(x, 1 + ffn_scale, ffn_shift, block.norm3.eps, [ffn_in.proj], times.split)
+    return added(ffn_out, gelu(ffn_in, h, ffn_out, x.dtype), ffn_gate, x, times.split)
 
 
-def normed(x, weight, bias, eps: float, layers: list) -> Activation:
-    """LayerNorm(x) * weight + bias as `layers` take it: in their 8 bits where all take the same, else in x's dtype."""
+def normed(x, weight, bias, eps: float, layers: list, split: int = 0) -> Activation:
+    """LayerNorm(x) * weight + bias as `layers` take it: in their 8 bits where all take the same, else in x's dtype.
+
+    weight, bias  [B or 1, R, C] fp32; `split` parts the tokens of two rows
+    """
     first = layers[0]
     if not share_codes(layers):
-        return norm_modulate(x, weight, bias, eps)
+        return norm_modulate(x, weight, bias, eps, split)
     if first.rule.static or first.rule.per_token:
-        return norm_modulate_quantize(x, weight, bias, eps, first.activation, first.input_scale)
-    return first.quantize(norm_modulate(x, weight, bias, eps))
+        return norm_modulate_quantize(x, weight, bias, eps, first.activation, first.input_scale, split)
+    return first.quantize(norm_modulate(x, weight, bias, eps, split))
 
 
 def share_codes(layers: list) -> bool:
@@ -104,13 +112,13 @@ def gelu(ffn_in, h: Activation, following, dtype: torch.dtype) -> Activation:
     return ffn_in.proj.forward_quantized(*h, dtype, gelu=True)
 
 
-def added(layer, h: Activation, gate, residual) -> torch.Tensor:
-    """residual + gate * layer(h); gate [B, C] fp32, or None for 1."""
+def added(layer, h: Activation, gate, residual, split: int = 0) -> torch.Tensor:
+    """residual + gate * layer(h); gate [B, R, C] fp32, or None for 1; `split` parts the tokens of two rows."""
     if takes_codes(layer):
         codes, scale = h if isinstance(h, tuple) else layer.quantize(h)
-        return layer.forward_quantized(codes, scale, residual.dtype, gate=gate, residual=residual)
+        return layer.forward_quantized(codes, scale, residual.dtype, gate=gate, residual=residual, split=split)
     y = layer(h)
-    return residual + y if gate is None else gated_residual(y, gate, residual)
+    return residual + y if gate is None else gated_residual(y, gate, residual, split)
 
 
 def joined(tensors: list) -> torch.Tensor | None:
@@ -221,12 +229,14 @@ def difference() -> str | None:
             block = WanTransformerBlock(H * D, 32, H, cross_attn_norm=True, added_kv_proj_dim=H * D).eval()
             for parameter in block.parameters():
                 parameter.normal_()
-            args = (torch.randn(2, S, H * D), torch.randn(2, T, H * D), torch.randn(2, 6, H * D))
-            rotary = (angle.cos(), angle.sin())
-            theirs = block(*args, rotary)
+            x, text, temb = torch.randn(2, S, H * D), torch.randn(2, T, H * D), torch.randn(2, 2, 6, H * D)
+            rotary, split = (angle.cos(), angle.sin()), 2
+            tokens = temb.repeat_interleave(torch.tensor([split, S - split]), 1)
+            theirs = torch.stack([block(x, text, given, rotary) for given in (temb[:, 0], tokens)])
             for attn in (block.attn1, block.attn2):
                 attn.set_processor(WanProcessor(backend_of("sdpa")))
-            ours = block_forward(block, *args, rotary)
+            given = temb[:, 0], Modulation(temb, split)
+            ours = torch.stack([block_forward(block, x, text, temb, rotary) for temb in given])
         error = ((ours - theirs).norm() / theirs.norm()).item()
     except (ImportError, TypeError, AttributeError, ValueError, RuntimeError) as problem:
         return f"diffusers {diffusers.__version__} builds Wan's block otherwise ({type(problem).__name__}: {problem})"
