@@ -13,8 +13,8 @@ from dax.errors import DaxError, nearest
 
 SUPPORTED = (
     "Wan2.1 text-to-video (WanPipeline with one 16-channel WanTransformer3DModel), image-to-video and "
-    "first-last-frame (WanImageToVideoPipeline with 36 channels and image tokens), Wan2.2 TI2V-5B (either pipeline with "
-    "48 channels and expand_timesteps)"
+    "first-last-frame (WanImageToVideoPipeline with 36 channels and image tokens), Wan2.2 TI2V-5B (either pipeline "
+    "with 48 channels and expand_timesteps)"
 )
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 COMPONENTS = {  # of a pipeline folder: library, classes

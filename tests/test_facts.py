@@ -26,6 +26,7 @@ I2V_INDEX = INDEX | {
     "image_encoder": ["transformers", "CLIPVisionModel"],
     "image_processor": ["transformers", "CLIPImageProcessor"],
 }
+TI2V_INDEX = INDEX | {"expand_timesteps": True}
 IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 384}
 
 
@@ -42,7 +43,7 @@ def test_counts_equal_the_vendors_modules(name):
     assert sum(p.numel() for p in model.blocks[0].parameters()) == facts.num_block_parameters
     assert len(model.blocks) == facts.num_layers
     assert (model.blocks[0].attn1.heads, model.blocks[0].attn1.inner_dim) == (facts.num_heads, facts.width)
-    index = I2V_INDEX if facts.image_tokens else INDEX
+    index = I2V_INDEX if facts.image_tokens else TI2V_INDEX if facts.token_time else INDEX
     config = {"_class_name": "WanTransformer3DModel"} | dict(model.config)
     assert facts_from_config(index, config, facts.defaults.flow_shift) == facts
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -80,6 +81,18 @@ def test_the_two_sizes_of_image_to_video_are_told_apart_by_flow_shift():
     for shift, size in ((3.0, "480p"), (5.0, "720p"), (None, "480p")):
         assert facts_from_config(I2V_INDEX, config, shift).name == f"wan2.1-i2v-14b-{size}"
     assert facts_from_config(None, config_of("tiny") | IMAGE).name == "wan-i2v-4x384"
+
+
+@pytest.mark.parametrize("pipeline", ["WanPipeline", "WanImageToVideoPipeline"])
+def test_ti2v_is_one_model_in_either_pipeline(pipeline):
+    config = config_of("wan2.2-ti2v-5b")
+    facts = facts_from_config(TI2V_INDEX | {"_class_name": pipeline, "image_encoder": [None, None]}, config, 5.0)
+    assert (facts.name, facts.pipeline_class) == ("wan2.2-ti2v-5b", pipeline)
+    assert facts.num_images == (pipeline == "WanImageToVideoPipeline") and facts.size_multiple == 32
+    assert facts.tokens(704, 1280, 121) == 27280 and facts.tokens(704, 1280, 1) == 880
+    assert facts_from_config(None, config) == FACTS["wan2.2-ti2v-5b"]
+    small = facts_from_config(None, config_of("tiny") | {"in_channels": 48, "out_channels": 48})
+    assert (small.name, small.token_time) == ("wan-ti2v-4x384", True)
 
 
 def test_unknown_name_offers_the_nearest():
@@ -162,8 +175,9 @@ FOREIGN = {
     "wan i2v 36 channels": (INDEX, {"in_channels": 36}),
     "wan2.2 two experts": (INDEX | {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, {}),
     "wan2.2 boundary": (INDEX | {"boundary_ratio": 0.875}, {}),
-    "wan2.2 5b": (INDEX | {"expand_timesteps": True}, {"in_channels": 48, "out_channels": 48}),
-    "wan2.2 5b bare": (None, {"in_channels": 48, "out_channels": 48}),
+    "wan2.2 5b without its timesteps": (INDEX, {"in_channels": 48, "out_channels": 48}),
+    "wan2.2 5b out of 16 channels": (TI2V_INDEX, {"in_channels": 48}),
+    "timesteps of wan2.2 5b, t2v inside": (TI2V_INDEX, {}),
     "wan vace": (INDEX, {"_class_name": "WanVACETransformer3DModel"}),
     "other norm": (INDEX, {"qk_norm": "layer_norm"}),
     "other patch": (INDEX, {"patch_size": [1, 1, 1]}),

@@ -197,7 +197,7 @@ def test_counts_are_checked(random_pipe, monkeypatch):
 @pytest.mark.fault(34)
 @pytest.mark.parametrize(
     "config",
-    [{"in_channels": 36}, {"image_dim": 16, "added_kv_proj_dim": 64}, {"in_channels": 48, "out_channels": 48}],
+    [{"in_channels": 36}, {"image_dim": 16, "added_kv_proj_dim": 64}, {"in_channels": 48, "out_channels": 16}],
     ids=["i2v 36 channels", "i2v image tokens", "5b"],
 )
 def test_other_wans_are_refused_without_their_weights(config):

@@ -45,6 +45,17 @@ def test_text_encoders(config):
         {},  # Wan2.1's own
         {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 3, 2], "num_res_blocks": 1},
         {"base_dim": 8, "temperal_downsample": [True, False, True]},
+        {  # that of Wan2.2 TI2V-5B
+            "base_dim": 160,
+            "decoder_base_dim": 256,
+            "z_dim": 48,
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_spatial": 16,
+        },
+        {"base_dim": 8, "num_res_blocks": 1, "is_residual": True, "temperal_downsample": [True, False, True]},
         json.loads((FOLDER / "vae" / "config.json").read_text()),
     ],
 )
@@ -74,8 +85,10 @@ def test_row_30_impossible_numbers(shapes, change):
 
 
 @pytest.mark.fault(34)
-@pytest.mark.parametrize("change", [{"is_residual": True}, {"patch_size": 2}, {"decoder_base_dim": 256}])
-def test_row_34_the_autoencoder_of_wan_2_2(change):
+@pytest.mark.parametrize(
+    "change", [{"in_channels": 12}, {"out_channels": 12}, {"scale_factor_spatial": 16}, {"attn_scales": [1.0]}]
+)
+def test_row_34_an_autoencoder_between_wan_2_1_and_2_2(change):
     with pytest.raises(DaxError, match=next(iter(change))) as caught:
         vae_shapes(change)
     assert caught.value.exit_code == 3

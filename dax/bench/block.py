@@ -13,7 +13,8 @@ def calls_of(facts: Facts, model, size: Size, device: str):
 
     def calls(arranged):
         def call():
-            hidden, temb = inputs["hidden_states"], for_blocks(arranged.blocks, inputs["temb"], len(hidden[0]))
+            hidden = inputs["hidden_states"]
+            temb = for_blocks(arranged.blocks, inputs["temb"], hidden.shape[1])
             for block in arranged.blocks:
                 hidden = block(hidden, inputs["text"], temb, inputs["rotary_emb"])
             return hidden

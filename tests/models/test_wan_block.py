@@ -164,7 +164,7 @@ def test_another_vendor_block_falls_back_by_name_or_is_refused(random_pipe, monk
 def test_the_guard_sees_a_block_that_computes_otherwise(monkeypatch):
     assert wan_block.difference.__wrapped__() is None
     stock = wan_block.gated_residual
-    monkeypatch.setattr(wan_block, "gated_residual", lambda y, gate, residual: stock(y, 1 + gate, residual))
+    monkeypatch.setattr(wan_block, "gated_residual", lambda y, gate, *rest: stock(y, 1 + gate, *rest))
     assert "computes Wan's block otherwise" in wan_block.difference.__wrapped__()
 
 
@@ -185,7 +185,7 @@ def test_planted_faults_are_heard(random_pipe, monkeypatch, name):
         "norm_modulate_quantize": lambda *args: (lambda codes, scale: (codes, scale.mean() + 0 * scale))(
             *original(*args)
         ),
-        "gated_residual": lambda y, gate, residual: residual + y,
+        "gated_residual": lambda y, gate, residual, split: residual + y,
         "attend_text": lambda attn, q, *rest: torch.zeros_like(q),
     }
     keys = {"linear": {"scheme": "int8"}} if name == "norm_modulate_quantize" else {}

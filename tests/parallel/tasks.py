@@ -100,14 +100,14 @@ def delayed(S, H, chunks, attend_s, exchange_s):
     return time.perf_counter() - start, wire.busy_s, wire.exposed_s
 
 
-def vae_decode(columns, dtype=torch.float32):
+def vae_decode(columns, residual=False):
     """(relative difference of the split decode to the whole one, layers split, whether undo gave the VAE back)."""
     from dax.edits import Edits
     from dax.parallel.vae import apply_vae
-    from tests.conftest import build_random_pipe
+    from tests.conftest import build_random_pipe, build_ti2v_pipe
 
-    vae = build_random_pipe().vae.to(dtype)
-    z = torch.randn(1, 16, 3, 5, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    vae = (build_ti2v_pipe() if residual else build_random_pipe()).vae
+    z = torch.randn(1, vae.config.z_dim, 3, 5, columns, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = vae.decode(z, return_dict=False)[0]
         edits = Edits()
@@ -202,17 +202,20 @@ def model(parallel, guidance_scale=4.0, kernel="sdpa", heads=12):
     return relative(together, alone), (more - frames).abs().max().item(), restored, summary
 
 
-def image_to_video(parallel, num_images):
-    """(relative difference of the latents to one process, whether undo gives the model back)"""
+def member(builder, option, parallel, size, keys):
+    """(relative difference of the latents to one process, whether undo gives the model back) of another Wan.
+
+    builder   the name of one of tests.conftest's, called with `option`;  keys  more of the plan
+    """
     import dax
-    from tests.conftest import build_image_pipe
+    from tests import conftest
     from tests.models.test_image_to_video import latents
 
-    pipe = build_image_pipe(num_images)
-    alone = latents(pipe)
-    with dax.optimize(pipe, parallel=parallel):
-        together = latents(pipe)
-    return relative(together, alone), torch.equal(latents(pipe), alone)
+    pipe = getattr(conftest, builder)(option)
+    alone = latents(pipe, **size)
+    with dax.optimize(pipe, parallel=parallel, **keys):
+        together = latents(pipe, **size)
+    return relative(together, alone), torch.equal(latents(pipe, **size), alone)
 
 
 def relative(x, reference):
