@@ -1,6 +1,7 @@
 """`dax bench block` and `forward` on the tiny shapes: rivals checked, timed, recorded; wrong answers never timed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from dax.bench.breakdown import kind_of
 from dax.bench.model import build
 from dax.bench.size import Size
 from dax.errors import DaxError
-from dax.facts import facts_named
+from dax.facts import TI2V, facts_named
 from dax.plan import Plan
 
 torch = pytest.importorskip("torch")
@@ -41,6 +42,19 @@ def test_a_record_has_what_it_takes_to_get_the_figure_again(subject):
     assert row["timed_s"] >= 0.05
     assert set(result["left_out"]) == {"compiled-cudnn", "fa3"}
     assert any("left out fa3" in text for text in log)
+
+
+@pytest.mark.parametrize("subject", ["block", "forward"])
+def test_a_timestep_for_each_token(subject, monkeypatch):
+    """As Wan2.2 TI2V-5B has them with an image: stock's blocks get a row for every token, DAX's two for all."""
+    facts = replace(TINY, **TI2V)
+    monkeypatch.setattr(contest, "facts_of", lambda model: facts)
+    quick = QUICK | {"size": (64, 96, 5)}
+    rows = contest.bench(subject, "tiny", rows="eager", plans=["exact"], num_layers=2, log=print, **quick)["rows"]
+    assert [row["row"] for row in rows] == ["eager", "dax exact"] and 0 < rows[1]["error"] < 0.05
+    monkeypatch.setattr("dax.models.wan_block.modulation", lambda temb: replace(temb, rows=temb.rows.flip(1)))
+    with pytest.raises(DaxError, match="not timed"):
+        contest.bench(subject, "tiny", rows="eager", plans=["exact"], num_layers=2, log=print, **quick)
 
 
 def test_without_a_model_the_log_says_which_one_is_used():

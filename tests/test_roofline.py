@@ -118,6 +118,17 @@ def test_an_image_adds_its_attention_and_nothing_else():
     assert roofline.total(image)[0] - roofline.total(plain)[0] == 4 * TOKENS * 257 * 5120 + 2 * 2 * 257 * 5120**2
 
 
+def test_a_timestep_for_each_token_is_traffic_that_fusing_saves():
+    """Wan2.2 TI2V-5B at its size: 27 280 tokens of 6 x 3072 fp32 numbers are 2 GB."""
+    facts = facts_named("wan2.2-ti2v-5b")
+    tokens = facts.tokens(704, 1280, 121)
+    found = roofline.block_operations(facts, tokens)
+    (extra,) = [op for op in found if op.name == "modulation of every token"]
+    assert extra.bytes / 62 * 12 == pytest.approx(2.0e9, rel=0.01) and extra.fused_bytes == 0
+    assert len(found) == 1 + len(roofline.block_operations(replace(facts, token_time=False), tokens))
+    assert roofline.activation_bytes(facts, tokens) == pytest.approx(5.2e9, rel=0.02)
+
+
 def test_weights_of_image_to_video_are_the_vendors():
     """In bytes, as loaded: bf16 but for the parts that the vendor keeps in fp32."""
     torch = pytest.importorskip("torch")

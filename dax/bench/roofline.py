@@ -175,4 +175,6 @@ def activation_bytes(facts: Facts, tokens: int) -> int:
     gate = 8 * U  # residual, branch output, and three fp32 intermediates of 2 U
     gelu = 2 * U + 2 * 2 * tokens * facts.ffn_dim  # residual, normed input, GELU's input and output
     rotary = 2 * tokens * facts.head_dim * 4
+    if facts.token_time:  # six modulations of every token, in bf16 and fp32; another six while they are cast and added
+        return max(31 * U, 18 * U + gate, 18 * U + gelu) + rotary
     return max(gate, gelu) + rotary

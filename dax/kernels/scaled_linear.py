@@ -186,7 +186,7 @@ def launch(
 
 
 def pieces(gate: torch.Tensor | None, shape: torch.Size, split: int) -> list:
-    """[(index, [N] gate)] of the tokens that have one gate: all, a video's, or the first ones of a video and its others."""
+    """[(index, [N] gate)] of the tokens that have one gate: all, a video's, or a video's first ones and its others."""
     if gate is None or gate.shape[:2] == (1, 1):
         return [(..., None if gate is None else gate[0, 0])]
     B, S = shape
