@@ -14,9 +14,9 @@ from dax.errors import DaxError, nearest
 SUPPORTED = (
     "Wan2.1 text-to-video (WanPipeline with one 16-channel WanTransformer3DModel), image-to-video and "
     "first-last-frame (WanImageToVideoPipeline with 36 channels and image tokens), Wan2.2 TI2V-5B (either pipeline "
-    "with 48 channels and expand_timesteps)"
+    "with 48 channels and expand_timesteps), Wan2.1 VACE (WanVACEPipeline with one WanVACETransformer3DModel)"
 )
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
 COMPONENTS = {  # of a pipeline folder: library, classes
     "transformer": ("diffusers", "WanTransformer3DModel"),
     "vae": ("diffusers", "AutoencoderKLWan"),
@@ -24,9 +24,12 @@ COMPONENTS = {  # of a pipeline folder: library, classes
     "tokenizer": ("transformers", "T5Tokenizer(Fast)?"),
     "scheduler": ("diffusers", "[A-Za-z]+Scheduler"),
 }
-IMAGE_COMPONENTS = {  # of image-to-video, beside those
-    "image_encoder": ("transformers", "CLIPVisionModel"),
-    "image_processor": ("transformers", "CLIPImageProcessor(Fast|Pil)?"),
+OWN_COMPONENTS = {  # of a pipeline, beside those or instead
+    "WanImageToVideoPipeline": {
+        "image_encoder": ("transformers", "CLIPVisionModel"),
+        "image_processor": ("transformers", "CLIPImageProcessor(Fast|Pil)?"),
+    },
+    "WanVACEPipeline": {"transformer": ("diffusers", "WanVACETransformer3DModel")},
 }
 CLIP_TOKENS = 257  # of one image: CLIP ViT-H/14 at 224 x 224 and its class token
 
@@ -52,6 +55,7 @@ class Facts:
     `image_tokens` go before the text's in cross-attention, 0 for text-to-video: CLIP_TOKENS of width `image_dim` for
     each image; `image_positions` tells whether they get a position embedding, as first-last-frame has. With
     `token_time` each token has a timestep, and a given first frame stands in the latents at timestep 0.
+    `control_layers` of VACE are the blocks after which a hint is added, each hint from a control block of its own.
     """
 
     name: str
@@ -75,6 +79,8 @@ class Facts:
     image_dim: int | None = None
     image_positions: bool = False
     token_time: bool = False
+    control_layers: tuple[int, ...] = ()
+    control_channels: int = 0
     full_precision: tuple[str, ...] = ("condition_embedder", "proj_out")  # linear layers that 8 bits leave alone
     family: str = "wan-t2v"
     pipeline_class: str = "WanPipeline"
@@ -108,6 +114,16 @@ class Facts:
         return prod(cell // step for cell, step in zip(cells, self.patch, strict=True))
 
     @property
+    def num_blocks(self) -> int:
+        """Transformer blocks, control blocks included."""
+        return self.num_layers + len(self.control_layers)
+
+    def cut(self, num_layers: int) -> "Facts":
+        """The model with its first blocks only, and the control blocks that feed those."""
+        control = tuple(layer for layer in self.control_layers if layer < num_layers)
+        return replace(self, num_layers=num_layers, control_layers=control)
+
+    @property
     def num_block_parameters(self) -> int:
         """Parameters of one block: attentions, the feed-forward, the norms and the modulation table."""
         C, F = self.width, self.ffn_dim
@@ -126,7 +142,10 @@ class Facts:
             text += 2 * width + (width * width + width) + (width * C + C) + 2 * C
             text += self.image_tokens * width * self.image_positions
         head = C * self.out_channels * cells + self.out_channels * cells + 2 * C
-        return patches + time + text + head + self.num_layers * self.num_block_parameters
+        control = 0
+        if hints := len(self.control_layers):  # a patch embedding, one layer in, one out of each block
+            control = self.control_channels * cells * C + C + (1 + hints) * (C * C + C)
+        return patches + time + text + head + control + self.num_blocks * self.num_block_parameters
 
     def linear_layers(self) -> list[str]:
         """The names of all linear layers, as the vendor has them."""
@@ -137,12 +156,15 @@ class Facts:
             embedders += ["image_embedder.ff.net.0.proj", "image_embedder.ff.net.2"]
             projections += ["attn2.add_k_proj", "attn2.add_v_proj"]
         names = [f"condition_embedder.{name}" for name in embedders]
-        for layer in range(self.num_layers):
-            names += [f"blocks.{layer}.{name}" for name in (*projections, "ffn.net.0.proj", "ffn.net.2")]
+        control = [f"vace_blocks.{i}" for i in range(len(self.control_layers))]
+        for block in (*(f"blocks.{i}" for i in range(self.num_layers)), *control):
+            names += [f"{block}.{name}" for name in (*projections, "ffn.net.0.proj", "ffn.net.2")]
+        names += [f"{block}.proj_out" for block in control] + [f"{block}.proj_in" for block in control[:1]]
         return [*names, "proj_out"]
 
     def transformer_config(self) -> dict[str, Any]:
         """The keyword arguments of the vendor's transformer class that build this model."""
+        control = {"vace_layers": list(self.control_layers), "vace_in_channels": self.control_channels}
         return {
             "patch_size": self.patch,
             "num_attention_heads": self.num_heads,
@@ -159,6 +181,7 @@ class Facts:
             "image_dim": self.image_dim,
             "added_kv_proj_dim": self.width if self.image_tokens else None,
             "pos_embed_seq_len": self.image_tokens if self.image_positions else None,
+            **(control if self.control_layers else {}),
         }
 
 
@@ -171,6 +194,17 @@ def image_to_video(name: str, defaults: Defaults, num_images: int = 1) -> Facts:
     )  # fmt: skip
 
 
+def controlled(layers) -> dict[str, Any]:
+    """What VACE adds to the facts: 32 channels of encoded video, 64 of its mask, and hints after those blocks."""
+    return {
+        "control_layers": tuple(layers),
+        "control_channels": 96,
+        "family": "wan-vace",
+        "pipeline_class": "WanVACEPipeline",
+        "transformer_class": "WanVACETransformer3DModel",
+    }
+
+
 TI2V = {"in_channels": 48, "out_channels": 48, "vae_spatial": 16, "token_time": True, "family": "wan-ti2v"}
 FACTS = {
     facts.name: facts
@@ -181,6 +215,16 @@ FACTS = {
         image_to_video("wan2.1-i2v-14b-480p", Defaults(480, 832, 81, steps=40)),
         image_to_video("wan2.1-i2v-14b-720p", Defaults(720, 1280, 81, steps=40, flow_shift=5.0)),
         image_to_video("wan2.1-flf2v-14b-720p", Defaults(720, 1280, 81, flow_shift=16.0), num_images=2),
+        Facts("wan2.1-vace-1.3b", 30, 12, 128, 8960, Defaults(480, 832, 81), **controlled(range(0, 30, 2))),
+        Facts(
+            "wan2.1-vace-14b",
+            40,
+            40,
+            128,
+            13824,
+            Defaults(720, 1280, 81, flow_shift=5.0),
+            **controlled(range(0, 40, 5)),
+        ),
         Facts("wan2.2-ti2v-5b", 30, 24, 128, 14336, Defaults(704, 1280, 121, flow_shift=5.0, fps=24), **TI2V),
     )
 }
@@ -204,7 +248,7 @@ def facts_from_config(model_index: dict | None, transformer_config: dict, flow_s
     if model_index is not None:
         check_model_index(model_index)
     config = check_mapping(transformer_config, "transformer/config.json")
-    check_class(config, "transformer/config.json", "WanTransformer3DModel")
+    check_class(config, "transformer/config.json", "WanTransformer3DModel", "WanVACETransformer3DModel")
     if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
         refuse(f"transformer/config.json: qk_norm = {config['qk_norm']!r}")
 
@@ -218,6 +262,8 @@ def facts_from_config(model_index: dict | None, transformer_config: dict, flow_s
 
     image = config.get("image_dim") is not None
     special = TI2V if config.get("in_channels") == 48 and not image else {}
+    if config["_class_name"] == "WanVACETransformer3DModel":
+        special = control_facts(config, number)
     for key, known in (("in_channels", 36 if image else 16), ("out_channels", 16)):
         known = special.get(key, known)
         channels = config.get(key, 16)
@@ -311,11 +357,28 @@ def no_image(config: dict) -> dict[str, Any]:
     return {}
 
 
+def control_facts(config: dict, number) -> dict[str, Any]:
+    """What VACE adds to the facts."""
+    if config.get("image_dim") is not None:
+        refuse("transformer/config.json: image_dim in WanVACETransformer3DModel")
+    if number("vace_in_channels", 96, 4096) != 96:
+        refuse(f"transformer/config.json: vace_in_channels = {config['vace_in_channels']}")
+    layers, depth = config.get("vace_layers", list(range(0, 40, 5))), number("num_layers", 40, 1000)
+    whole = isinstance(layers, list | tuple) and all(type(layer) is int for layer in layers)
+    if not whole or list(layers) != sorted(set(layers)) or 0 not in layers or layers[-1] >= depth:
+        raise DaxError(
+            "bad_model",
+            f"transformer/config.json: vace_layers = {layers!r} must be ascending block numbers from 0 to {depth - 1}, "
+            "0 among them",
+        )
+    return controlled(layers)
+
+
 def check_model_index(model_index: dict) -> None:
     """Refuse a pipeline that is not plain Wan2.1 or names a foreign class, by its index alone."""
     index = check_mapping(model_index, "model_index.json")
     check_class(index, "model_index.json", *PIPELINES)
-    components = COMPONENTS | (IMAGE_COMPONENTS if index["_class_name"] == "WanImageToVideoPipeline" else {})
+    components = COMPONENTS | OWN_COMPONENTS.get(index["_class_name"], {})
     for key, value in index.items():
         if key.startswith("_"):
             continue

@@ -19,7 +19,7 @@ def conv(name: str, outputs: int, inputs: int, *kernel: int) -> Shapes:
 
 
 def transformer_shapes(facts: Facts) -> Shapes:
-    """WanTransformer3DModel, with or without the parts for images."""
+    """WanTransformer3DModel, with or without the parts for images, or WanVACETransformer3DModel."""
     C, F = facts.width, facts.ffn_dim
     embedder = "condition_embedder"
     shapes = {
@@ -37,8 +37,13 @@ def transformer_shapes(facts: Facts) -> Shapes:
             shapes |= {f"{image}.{norm}.weight": (size,), f"{image}.{norm}.bias": (size,)}
         if facts.image_positions:
             shapes[f"{image}.pos_embed"] = (1, facts.image_tokens, width)
-    for i in range(facts.num_layers):
-        block = f"blocks.{i}"
+    control = [f"vace_blocks.{i}" for i in range(len(facts.control_layers))]
+    if control:
+        shapes |= conv("vace_patch_embedding", C, facts.control_channels, *facts.patch)
+        shapes |= linear(f"{control[0]}.proj_in", C, C)
+        for block in control:
+            shapes |= linear(f"{block}.proj_out", C, C)
+    for block in (*(f"blocks.{i}" for i in range(facts.num_layers)), *control):
         for attention in ("attn1", "attn2"):
             for projection in ("to_q", "to_k", "to_v", "to_out.0"):
                 shapes |= linear(f"{block}.{attention}.{projection}", C, C)

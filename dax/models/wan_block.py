@@ -52,6 +52,15 @@ def block_forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
     return added(ffn_out, gelu(ffn_in, h, ffn_out, x.dtype), ffn_gate, x, times.split)
 
 
+def control_forward(block, hidden_states, encoder_hidden_states, control_hidden_states, temb, rotary_emb):
+    """What WanVACETransformerBlock.forward computes: (the hint or None, the control tokens), each [B, S, C]."""
+    x = control_hidden_states
+    if block.proj_in is not None:
+        x = added(block.proj_in, x, None, hidden_states)
+    x = block_forward(block, x, encoder_hidden_states, temb, rotary_emb)
+    return None if block.proj_out is None else block.proj_out(x), x
+
+
 def normed(x, weight, bias, eps: float, layers: list, split: int = 0) -> Activation:
     """LayerNorm(x) * weight + bias as `layers` take it: in their 8 bits where all take the same, else in x's dtype.
 
@@ -183,8 +192,12 @@ def apply_blocks(target, edits: Edits) -> int:
             )
     for block in target.blocks():
         join(projections(block.attn1), edits)
-        edits.set_attribute(block, "forward", partial(block_forward, block))
+        edits.set_attribute(block, "forward", partial(forward_of(block), block))
     return len(target.blocks())
+
+
+def forward_of(block):
+    return control_forward if hasattr(block, "proj_in") else block_forward
 
 
 def segments(block) -> dict[str, bool]:
