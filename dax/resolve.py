@@ -78,6 +78,12 @@ def resolve(
         joint=plan.cache.policy == "none" or (plan.cache.uncond_every == 1 and plan.cache.drop_uncond == 0),
     )
     notes += said
+    if facts.control_layers and plan.cache.policy != "none" and plan.cache.reuse == "residual":
+        raise DaxError(
+            "bad_request",
+            f"cache.reuse = residual: {facts.name} adds its hints between the blocks, which would run once more or not "
+            "at all; cache.reuse = velocity is right with hints",
+        )
     resolved = plan.model_copy(
         update={
             "attention": plan.attention.model_copy(update={"kernel": kernel}),

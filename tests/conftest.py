@@ -141,9 +141,29 @@ def build_ti2v_pipe(image: bool = True, heads: int = 2):
     return pipe
 
 
+def build_vace_pipe(heads: int = 2):
+    """WanVACEPipeline of those parts: three blocks, hints after the first and the last."""
+    import torch
+    from diffusers import WanVACEPipeline, WanVACETransformer3DModel
+
+    parts = build_random_pipe().components
+    config = RANDOM_TRANSFORMER | {"num_attention_heads": heads, "num_layers": 3, "vace_layers": [0, 2]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        transformer = parts["transformer"] = WanVACETransformer3DModel(**config)
+        with torch.no_grad():
+            louder(transformer)
+            for block in transformer.vace_blocks:
+                block.proj_out.weight.mul_(1.5)
+    transformer.eval().requires_grad_(False)
+    pipe = WanVACEPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def louder(transformer) -> list:
     """Gates near 1, sharp attention, strong residuals: a part that is wrong shows. Returns the cross-attentions."""
-    for block in transformer.blocks:
+    for block in (*transformer.blocks, *getattr(transformer, "vace_blocks", ())):
         block.scale_shift_table[:, [2, 5]] += 1.0
         for attention in (block.attn1, block.attn2):
             attention.norm_q.weight.mul_(2.0)

@@ -1,4 +1,7 @@
-"""`dax bench block`: the transformer blocks alone, one after the other, on seeded Gaussian inputs of the real size."""
+"""`dax bench block`: the transformer blocks alone, one after the other, on seeded Gaussian inputs of the real size.
+
+Of VACE the control blocks run before, and their hints are added, as in the vendor's forward.
+"""
 
 from dax.bench import roofline
 from dax.bench.size import Size
@@ -15,8 +18,13 @@ def calls_of(facts: Facts, model, size: Size, device: str):
         def call():
             hidden = inputs["hidden_states"]
             temb = for_blocks(arranged.blocks, inputs["temb"], hidden.shape[1])
-            for block in arranged.blocks:
-                hidden = block(hidden, inputs["text"], temb, inputs["rotary_emb"])
+            rest, control, hints = (temb, inputs["rotary_emb"]), inputs["control"], {}
+            for layer, block in zip(facts.control_layers, getattr(arranged, "vace_blocks", ())):
+                hints[layer], control = block(hidden, inputs["text"], control, *rest)
+            for layer, block in enumerate(arranged.blocks):
+                hidden = block(hidden, inputs["text"], *rest)
+                if layer in hints:
+                    hidden = hidden + hints.pop(layer) * inputs["scale"]
             return hidden
 
         return call
@@ -30,6 +38,7 @@ def block_inputs(facts: Facts, model, size: Size, device: str) -> dict:
     hidden_states [1, S, C], text [1, I + T, C], temb [1, 6, C]   bf16, Gaussian, the same for the same device
     temb          a Modulation of rows [1, 2, 6, C] where tokens have their own times, as with an image
     rotary_emb    the model's own (cos, sin) table of that size
+    control       [1, S, C]: the control tokens of VACE, and the scale of its hints; None without
     """
     import torch
 
@@ -55,6 +64,8 @@ def block_inputs(facts: Facts, model, size: Size, device: str) -> dict:
         "text": text,
         "temb": temb,
         "rotary_emb": rotary_emb,
+        "control": gaussian(1, tokens, facts.width) if facts.control_layers else None,
+        "scale": hidden.new_ones(()),
     }
 
 

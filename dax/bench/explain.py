@@ -67,6 +67,7 @@ def explain(
         "steps": steps,
         "tokens": tokens,
         "layers": facts.num_layers,
+        "control_blocks": len(facts.control_layers),
         "parameters": facts.num_parameters,
         "weights_gib": roofline.weight_bytes(facts, eight_bits=resolved.linear.scheme != "none") / 2**30,
         "activations_gib": roofline.activation_bytes(facts, tokens) / 2**30,
@@ -114,7 +115,7 @@ def expected(plan: Plan, facts: Facts, machine, ranks: Ranks, forwards: int) -> 
             "layer_ms": found.layer_ms,
             "exchange_ms": found.exchange_ms,
             "exposed_ms": found.exposed_ms,
-            "denoise_s": forwards * facts.num_layers * alone.layer_ms / found.speedup / 1e3,
+            "denoise_s": forwards * facts.num_blocks * alone.layer_ms / found.speedup / 1e3,
             "speedup": found.speedup,
             "efficiency_pct": found.efficiency_pct,
         }
@@ -182,7 +183,7 @@ def changes(plan: Plan, facts: Facts, machine) -> list[str]:
     """What the plan does to the model, and on how many of its parts."""
     from dax.attention import kernel_for_cross
 
-    kernel, layers = plan.attention.kernel, facts.num_layers
+    kernel, layers = plan.attention.kernel, facts.num_blocks
     cross = kernel_for_cross(kernel, machine, head_dim=facts.head_dim) if machine else kernel
     found = [
         f"attention.kernel = {kernel}: {layers} self-attention layers",
@@ -233,8 +234,9 @@ def text(result: dict) -> str:
     from dax.bench.report import table
 
     pixels = f"{result['height']}x{result['width']}x{result['num_frames']}"
+    control = f" and {result['control_blocks']} control blocks" if result["control_blocks"] else ""
     lines = [
-        f"{result['model']}: {result['layers']} layers, {result['parameters'] / 1e9:.3f} G parameters",
+        f"{result['model']}: {result['layers']} layers{control}, {result['parameters'] / 1e9:.3f} G parameters",
         f"{pixels} = {result['tokens']} tokens, {result['steps']} steps",
         f"memory of the transformer: weights {result['weights_gib']:.2f} GiB, activations about "
         f"{result['activations_gib']:.2f} GiB" + (f", of {result['memory_gib']:.0f}" if result["memory_gib"] else ""),

@@ -19,10 +19,12 @@ def calls_of(facts: Facts, model, size: Size, device: str):
     latents = gaussian(1, *facts.latent_shape(size.height, size.width, size.num_frames))
     text = gaussian(1, facts.text_tokens, facts.text_dim)
     images = image_embeds(facts, gaussian)
-    timestep = timesteps(facts, asdict(size), device)
+    timestep, control = timesteps(facts, asdict(size), device), {}
+    if facts.control_layers:
+        control["control_hidden_states"] = gaussian(1, facts.control_channels, *latents.shape[2:])
 
     def calls(arranged):
-        return lambda: arranged(latents, timestep, text, images, return_dict=False)[0]
+        return lambda: arranged(latents, timestep, text, images, **control, return_dict=False)[0]
 
     return calls, 0
 

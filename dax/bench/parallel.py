@@ -72,6 +72,8 @@ def bench(model, size, layers, plan, gpus, warm_up_s, timed_s, device=None, log=
 
     facts = facts_of(model or "tiny")
     pixels = checked_size(facts, size)
+    if facts.control_layers:
+        raise DaxError("bad_request", f"bench parallel: {facts.name} takes a control video: dax bench forward knows it")
     if gpus < 2:
         raise DaxError("bad_request", "bench parallel: --gpus 2 or more")
     check_gpus(gpus, device, torch.cuda.device_count())

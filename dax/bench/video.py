@@ -49,6 +49,8 @@ def bench(
     facts, device = facts_of(model or "tiny"), machine(device).device
     if facts.num_images:
         raise DaxError("bad_request", f"bench video: {facts.name} starts from an image: dax bench forward knows it")
+    if facts.control_layers:
+        raise DaxError("bad_request", f"bench video: {facts.name} takes a control video: dax bench forward knows it")
     pixels = checked_size(facts, size)
     steps = facts.defaults.steps if steps is None else steps
     if Plan.load(plan).cache.policy == "none":

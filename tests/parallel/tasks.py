@@ -209,13 +209,39 @@ def member(builder, option, parallel, size, keys):
     """
     import dax
     from tests import conftest
-    from tests.models.test_image_to_video import latents
+    from tests.models import test_image_to_video, test_vace
 
+    latents = (test_vace if builder == "build_vace_pipe" else test_image_to_video).latents
     pipe = getattr(conftest, builder)(option)
     alone = latents(pipe, **size)
     with dax.optimize(pipe, parallel=parallel, **keys):
         together = latents(pipe, **size)
     return relative(together, alone), torch.equal(latents(pipe, **size), alone)
+
+
+def other_control():
+    """(relative difference of the velocity under control of fewer frames to one process, what more frames raise)"""
+    import dax
+    from dax.errors import DaxError
+    from tests.conftest import build_vace_pipe
+
+    model, generator = build_vace_pipe().transformer, torch.Generator().manual_seed(0)
+    video, text, control = (
+        torch.randn(*s, generator=generator) for s in ((1, 16, 3, 10, 6), (1, 5, 32), (1, 96, 4, 10, 6))
+    )
+
+    def velocity(frames):
+        given = {"control_hidden_states": control[:, :, :frames], "return_dict": False}
+        return model(video, torch.tensor([500]), text, **given)[0]
+
+    alone = velocity(2)
+    with dax.optimize(model):
+        together = velocity(2)
+        try:
+            velocity(4)
+        except DaxError as error:
+            said = str(error)
+    return relative(together, alone), said
 
 
 def relative(x, reference):

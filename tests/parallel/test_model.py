@@ -57,6 +57,24 @@ def test_a_timestep_for_each_token(ranks, parallel, image, keys):
         assert restored
 
 
+@pytest.mark.parametrize(
+    ("parallel", "size"),
+    [({"cfg": 2}, {}), ({"cfg": 1, "ulysses": 2}, {}), ({"cfg": 1, "rows": 2}, {"num_frames": 1})],
+    ids=str,
+)
+def test_vace(ranks, parallel, size):
+    """Its control tokens are cut as the video's are."""
+    for latents, restored in ranks(2).run(tasks.member, "build_vace_pipe", 2, parallel, size, {}):
+        assert latents < 1e-5
+        assert restored
+
+
+def test_control_of_fewer_tokens_ends_in_zeros_and_of_more_is_refused(ranks):
+    for short, long in ranks(2).run(tasks.other_control):
+        assert short < 1e-5
+        assert "control_hidden_states: 15 tokens more than the video has" in long
+
+
 def test_guidance_parallel_needs_guidance(ranks):
     with pytest.raises(AssertionError, match="parallel.cfg = 2 needs guidance"):
         ranks(2).run(tasks.model, {"cfg": 2}, 1.0)
