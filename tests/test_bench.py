@@ -11,7 +11,8 @@ from dax.bench.breakdown import kind_of
 from dax.bench.model import build
 from dax.bench.size import Size
 from dax.errors import DaxError
-from dax.facts import TI2V, facts_named
+from dax.facts import TI2V, controlled, facts_named
+from dax.models import wan_block
 from dax.plan import Plan
 
 torch = pytest.importorskip("torch")
@@ -55,6 +56,21 @@ def test_a_timestep_for_each_token(subject, monkeypatch):
     monkeypatch.setattr("dax.models.wan_block.modulation", lambda temb: replace(temb, rows=temb.rows.flip(1)))
     with pytest.raises(DaxError, match="not timed"):
         contest.bench(subject, "tiny", rows="eager", plans=["exact"], num_layers=2, log=print, **quick)
+
+
+@pytest.mark.parametrize("subject", ["block", "forward"])
+def test_control_blocks_and_their_hints(subject, monkeypatch):
+    """Two of VACE's three blocks here, and the one control block that feeds them."""
+    monkeypatch.setattr(contest, "facts_of", lambda model: replace(TINY, **controlled([0, 2, 3])))
+    quick = {"num_layers": 2, "log": print, **QUICK}
+    result = contest.bench(subject, "tiny", rows="eager", plans=["exact"], **quick)
+    assert [row["row"] for row in result["rows"]] == ["eager", "dax exact"]
+    assert 0 < result["rows"][1]["error"] < 0.05
+    right = wan_block.control_forward
+    monkeypatch.setattr(wan_block, "control_forward", lambda *x: (0 * right(*x)[0], right(*x)[1]))
+    monkeypatch.setattr(wan_block, "difference", lambda control: None)
+    with pytest.raises(DaxError, match="not timed"):
+        contest.bench(subject, "tiny", rows="eager", plans=["exact"], **quick)
 
 
 def test_without_a_model_the_log_says_which_one_is_used():

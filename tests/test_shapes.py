@@ -2,9 +2,10 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
 
 from dax.errors import DaxError
@@ -26,8 +27,9 @@ def of(cls, config) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("cross_attn_norm", [True, False])
 def test_transformers(name, cross_attn_norm):
     config = FACTS[name].transformer_config() | {"cross_attn_norm": cross_attn_norm}
-    facts = facts_from_config(None, {"_class_name": "WanTransformer3DModel", **config, "patch_size": [1, 2, 2]})
-    assert transformer_shapes(facts) == of(WanTransformer3DModel, config)
+    kind = FACTS[name].transformer_class
+    facts = facts_from_config(None, {"_class_name": kind, **config, "patch_size": [1, 2, 2]})
+    assert transformer_shapes(facts) == of(getattr(diffusers, kind), config)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""dax generate with a folder of Wan2.2 TI2V-5B's kind, from text or from an image as its pipeline class says."""
+"""dax generate with a folder of Wan2.2 TI2V-5B's kind, from text or from an image as its pipeline says; and of VACE."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from dax.errors import DaxError
 from dax.generate.preflight import preflight
 from dax.generate.run import Job, check_model, generate
 from tests.broken import change, edit, refused
-from tests.conftest import build_ti2v_pipe
+from tests.conftest import build_ti2v_pipe, build_vace_pipe
 from tests.models.test_image_to_video import picture
 
 SMALL = {"prompt": "a cat", "height": 64, "width": 96, "num_frames": 5, "steps": 2, "seed": 5}
@@ -71,3 +71,14 @@ def test_a_whole_folder_passes_and_what_does_not_fit_is_refused_before_weights_a
         path.write_text(before)
     edit(folder / "vae" / "diffusion_pytorch_model.safetensors", lambda tensors: tensors.pop("decoder.conv_in.bias"))
     refused(folder, "decoder.conv_in.bias")
+
+
+def test_a_folder_of_vace_passes_and_the_command_line_refuses_it_by_name(tmp_path, monkeypatch):
+    pipe, folder = build_vace_pipe(), tmp_path / "model"
+    pipe.save_pretrained(folder)
+    monkeypatch.setattr("dax.generate.run.load", None)
+    assert preflight(folder).facts == facts_of(str(folder))
+    with pytest.raises(DaxError, match="wan-vace-3x64 takes a control video, which the command line does not"):
+        generate(Job(SMALL, str(tmp_path / "clip.npz"), str(folder)))
+    edit(folder / "transformer" / "diffusion_pytorch_model.safetensors", lambda t: t.pop("vace_blocks.1.proj_out.bias"))
+    refused(folder, "vace_blocks.1.proj_out.bias")
