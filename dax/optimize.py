@@ -49,9 +49,8 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     ranks = ranks_here(guided=target.pipe is not None)
     resolved = resolve(wanted, target.facts, here, strict, dtype, checkpoint, ranks)
     if resolved.plan.blocks.fused:
-        resolved = without_fused_blocks(
-            resolved, wan_block.difference(control=bool(target.facts.control_layers)), strict
-        )
+        difference = wan_block.difference(bool(target.facts.control_layers))
+        resolved = without_fused_blocks(resolved, difference, strict)
 
     edits = Edits()
     try:

@@ -103,7 +103,7 @@ def test_planted_faults_are_heard_by_the_guard_and_in_the_clip(pipe, monkeypatch
         return (block.proj_out(control), after) if fault == "hint of the input" else (hint, control)
 
     monkeypatch.setattr(wan_block, "control_forward", faulty)
-    assert "computes Wan's block otherwise" in wan_block.difference.__wrapped__(control=True)
+    assert "computes Wan's block otherwise" in wan_block.difference.__wrapped__(True)
     assert wan_block.difference.__wrapped__() is None, "other models are not concerned"
     monkeypatch.setattr(wan_block, "difference", lambda control: None)
     with dax.optimize(pipe):

@@ -153,7 +153,7 @@ def test_weights_that_moved_apart_still_run(random_pipe):
 
 
 def test_another_vendor_block_falls_back_by_name_or_is_refused(random_pipe, monkeypatch):
-    monkeypatch.setattr(wan_block, "difference", lambda: "diffusers 9 computes Wan's block otherwise")
+    monkeypatch.setattr(wan_block, "difference", lambda control: "diffusers 9 computes Wan's block otherwise")
     with dax.optimize(random_pipe) as engine:
         assert engine.fallbacks == ("blocks.fused = true: diffusers 9 computes Wan's block otherwise; false instead",)
         assert not engine.plan.blocks.fused and "forward" not in vars(random_pipe.transformer.blocks[0])
