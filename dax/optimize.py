@@ -79,7 +79,7 @@ def apply(
     from dax.models.text_memory import remember_text
     from dax.models.token_time import apply_token_time
     from dax.models.wan import WanProcessor
-    from dax.models.wan_block import apply_blocks
+    from dax.models.wan_block import apply_blocks, compile_kernels
 
     plan = resolved.plan
     total, kernel = len(target.blocks()), plan.attention.kernel
@@ -99,6 +99,8 @@ def apply(
         changes += [Change("linear.scheme", scheme, "linear layers", count, count) for scheme, count in counts.items()]
     if plan.blocks.fused:
         changes.append(Change("blocks.fused", "true", "transformer blocks", apply_blocks(target, edits), total))
+    if machine.device == "cuda":
+        compile_kernels(target)
     if num_ranks() > 1:
         from dax.parallel.apply import apply_parallel
 

@@ -71,7 +71,8 @@ class Backend:
     q are projected queries [B, s, C] of this rank's tokens, k finished keys (`turn` is done), v projected values; the
     rows of q and v may be strided.
     stats    (k, v, heads, turn) -> (per_tile, range): what prepare must know of all tokens, or None if nothing.
-             Over ranks: per_tile is concatenated along dim 1 in token order, range is the elementwise maximum.
+             Over ranks: per_tile is concatenated along dim 1 in token order, range is the elementwise maximum, and
+             stats is a function that waits for both
     prepare  (q, k, v, heads, turn, stats, scale) -> operands, a tuple of tensors; it also takes q through `turn`
     attend   (operands, num_keys, scale) -> o [B, S, h, D]; scale is 1 / sqrt(D) when None, and the same for both
     layout   of each operand: (dim of heads, dim of tokens or None, tokens per entry)

@@ -1,34 +1,61 @@
-"""What a plan costs, counted in work and not in this machine's seconds: forwards, weighted with measured kernels.
+"""What a plan costs, counted in work and not in this machine's seconds: the roofline over what kernels reach of it.
 
 A search on a small model on a CPU would otherwise optimise for that CPU, where 8-bit kernels run their slow references.
-The weights are milliseconds per layer of Wan2.1 14B at 720p (75 600 tokens): benchmarks/block.h100.json by kind of
-kernel, and, measured apart on an H200, which has the same arithmetic, the attention kernels that are not in it and
-compiled blocks. A predicted step costs nothing beside a forward. The cost of a plan is its share of what exact costs.
+The cost of a plan is its share of what exact costs, both counted for Wan2.1 14B at 720p on an H100. A predicted step
+costs nothing beside a forward.
 """
 
+from functools import cache
+
+from dax.bench import roofline
+from dax.facts import FACTS
+from dax.hardware import ATTENTION_REACHES, LINEAR_REACHES, MACHINES, TRAFFIC_REACHES
 from dax.plan import Plan
 from dax.quant.scheme import NONE, match
 
-COST_OF = "forwards x ms per layer of Wan2.1 14B 720p on one H100 or H200"
-ATTENTION_MS = {"sdpa": 207.8, "cudnn": 207.8, "flash": 172.8, "sage": 143.6, "int8": 118.3}
-LINEAR_MS = {NONE: 59.6, "int8": 33.3, "fp8": 34.4, "fp8_e5m2": 34.4, "int8_weight_only": 59.6}
-REST_MS = {"stock": 48.0, "compiled": 12.0, "fused": 7.4, "fused in 8 bits": 5.2}  # elementwise work
-C, F = 5120, 13824
+COST_OF = "forwards x ms per layer of Wan2.1 14B 720p on one H100"
+CARD, MODEL, TOKENS = MACHINES["h100"], FACTS["wan2.1-t2v-14b"], 75600
+C, F = MODEL.width, MODEL.ffn_dim
 FLOPS = {  # multiply-adds per token of each linear layer of a block; text keys and values see 512 tokens only
     "attn1.to_q": C * C, "attn1.to_k": C * C, "attn1.to_v": C * C, "attn1.to_out.0": C * C,
     "attn2.to_q": C * C, "attn2.to_out.0": C * C, "ffn.net.0.proj": C * F, "ffn.net.2": F * C,
 }  # fmt: skip
 
 
+def expected_s(op: roofline.Operation, plan: Plan, machine) -> float:
+    """Seconds that all `count` of an operation should take under a resolved plan: the bound of its kind over the share
+    of it that such kernels were seen to reach.
+    """
+    way = "compiled" if plan.compile == "blocks" else "fused" if plan.blocks.fused else "stock"
+    if op.kind == "elementwise":
+        reached = TRAFFIC_REACHES[way]
+    elif op.kind == "gemm":
+        reached = LINEAR_REACHES[op.dtype]
+    else:
+        reached = ATTENTION_REACHES[plan.attention.kernel if op.name == "self-attention" else "cudnn"]
+    return op.seconds(machine, fused=way != "stock")[0] / reached
+
+
+@cache
+def block_ms(scheme: str, attention: str, compile: str, fused: bool) -> float:
+    """Milliseconds of one block with one scheme for all its linear layers."""
+    plan = Plan(linear={"scheme": scheme}, attention={"kernel": attention}, compile=compile, blocks={"fused": fused})
+    arithmetic = roofline.LINEAR.get(scheme, "bf16"), roofline.ATTENTION.get(attention, "bf16")
+    operations = roofline.block_operations(MODEL, TOKENS, *arithmetic)
+    return 1e3 * sum(expected_s(op, plan, CARD) for op in operations)
+
+
 def layer_ms(plan: Plan, num_layers: int) -> float:
-    """Milliseconds of one layer, on average over the model's, under a resolved plan."""
+    """Milliseconds of one layer, on average over the model's, under a resolved plan.
+
+    A layer whose linears follow several schemes costs each scheme's block, weighted with its share of the arithmetic.
+    """
     names = {f"blocks.{index}.{name}": flops for index in range(num_layers) for name, flops in FLOPS.items()}
     rules = {"*": plan.linear.scheme, **plan.linear.rules}
     schemes = match(names, rules, optional=rules)
-    linear = sum(flops * LINEAR_MS[schemes.get(name, NONE)] for name, flops in names.items()) / sum(names.values())
-    fused = "fused in 8 bits" if plan.linear.active else "fused"
-    rest = "compiled" if plan.compile == "blocks" else fused if plan.blocks.fused else "stock"
-    return ATTENTION_MS[plan.attention.kernel] + linear + REST_MS[rest]
+    way = plan.attention.kernel, plan.compile, plan.blocks.fused
+    total = sum(flops * block_ms(schemes.get(name, NONE), *way) for name, flops in names.items())
+    return total / sum(names.values())
 
 
 def runs_references(plan: Plan, device: str) -> bool:

@@ -1,14 +1,14 @@
 """`dax explain`: what a plan does to a model and what the model costs, on paper. No torch, no weights, no GPU.
 
-Counts come from Facts alone, times from the roofline of a card's data sheet: a lower bound, never a prediction of what
-a kernel reaches.
+Counts come from Facts alone. Times are said twice: from the roofline of a card's data sheet, a lower bound, and as
+expected, the bound over the share of it that kernels of that kind were seen to reach (`dax.bench.costs`).
 """
 
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from dax.bench import roofline
+from dax.bench import costs, roofline
 from dax.bench.model import facts_of
 from dax.bench.size import checked_size
 from dax.cache.policy import resolve_cache
@@ -57,9 +57,12 @@ def explain(
         attention_dtype=roofline.ATTENTION.get(resolved.attention.kernel, "bf16"),
     )
     fused = resolved.compile == "blocks" or resolved.blocks.fused
-    parts = [part(op, machine, fused) for op in operations if op.flops or moved(op, fused)]
+    parts = [part(op, machine, resolved, fused) for op in operations if op.flops or moved(op, fused)]
     flops = roofline.total(operations)[0]
     forward_s = roofline.seconds(operations, machine, fused) if machine else None
+    expected_s = sum(costs.expected_s(op, resolved, machine) for op in operations) if machine else None
+    in_blocks = [op for op in operations if op.count >= facts.num_layers]
+    layer_s = sum(costs.expected_s(op, resolved, machine) for op in in_blocks) / facts.num_layers if machine else None
     forwards = sum(cached["computed"].values()) if cached else FORWARDS_PER_STEP * steps
     return {
         "model": facts.name,
@@ -82,12 +85,14 @@ def explain(
         "changes": changes(resolved, facts, machine),
         "notes": notes,
         "fallbacks": fallbacks,
-        "forward": {"tflop": flops / 1e12, "seconds_at_least": forward_s},
+        "forward": {"tflop": flops / 1e12, "seconds_at_least": forward_s, "seconds_expected": expected_s},
+        "ms_per_layer_expected": 1e3 * layer_s if machine else None,
         "step_cache": cached,
         "video": {
             "forwards": forwards,
             "pflop": forwards * flops / 1e15,
             "seconds_at_least": forwards * forward_s if machine else None,
+            "seconds_expected": forwards * expected_s if machine else None,
         },
         "parts": parts,
         "num_ranks": gpus,
@@ -209,7 +214,7 @@ def quantized(plan: Plan, facts: Facts) -> dict[str, int]:
     return dict(Counter(match(facts.linear_layers(), rules, optional).values()))
 
 
-def part(op: roofline.Operation, machine, fused: bool) -> dict:
+def part(op: roofline.Operation, machine, plan: Plan, fused: bool) -> dict:
     """One operation of a forward, all its `count` together."""
     seconds, bound = op.seconds(machine, fused) if machine else (None, None)
     return {
@@ -221,6 +226,7 @@ def part(op: roofline.Operation, machine, fused: bool) -> dict:
         "gb": op.count * moved(op, fused) / 1e9,
         "ms_at_least": 1e3 * seconds if machine else None,
         "bound": bound,
+        "ms_expected": 1e3 * costs.expected_s(op, plan, machine) if machine else None,
     }
 
 
@@ -254,13 +260,13 @@ def text(result: dict) -> str:
     lines += ["", f"one forward of one branch, {where}"]
     columns = {"name": "part", "dtype": "dtype", "count": "count", "gflop": "GFLOP", "gb": "GB"}
     if result["hardware"]:
-        columns |= {"ms_at_least": "ms at least", "bound": "bound"}
+        columns |= {"ms_at_least": "ms at least", "bound": "bound", "ms_expected": "ms expected"}
     lines.append(table(result["parts"], columns))
     forward, video = result["forward"], result["video"]
-    lines.append(f"forward: {forward['tflop']:.4g} TFLOP" + at_least(forward["seconds_at_least"]))
-    lines.append(
-        f"video: {video['forwards']} forwards, {video['pflop']:.4g} PFLOP" + at_least(video["seconds_at_least"])
-    )
+    if result["hardware"]:
+        lines.append(f"layer: expected {result['ms_per_layer_expected']:.4g} ms")
+    lines.append(f"forward: {forward['tflop']:.4g} TFLOP" + times(forward))
+    lines.append(f"video: {video['forwards']} forwards, {video['pflop']:.4g} PFLOP" + times(video))
     if result["ranks"]:
         head = f"{result['num_ranks']} ranks, {result['ranks_per_node']} per node: expected, the plan's own way first"
         columns = {"topology": "topology", "chunks": "chunks", "layer_ms": "ms/layer", "exchange_ms": "exchange ms"}
@@ -280,5 +286,7 @@ def schedule_lines(result: dict) -> list[str]:
     return lines + [f"    {branch:6} {cached[branch]}  {count}" for branch, count in cached["computed"].items()]
 
 
-def at_least(seconds: float | None) -> str:
-    return "" if seconds is None else f", at least {seconds:.4g} s"
+def times(found: dict) -> str:
+    if found["seconds_at_least"] is None:
+        return ""
+    return f", at least {found['seconds_at_least']:.4g} s, expected {found['seconds_expected']:.4g} s"

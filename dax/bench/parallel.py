@@ -1,36 +1,34 @@
 """`dax bench parallel --gpus N`: one GPU against N, every way to share the work, each checked before it is timed.
 
 Every rank first times the whole model by itself: the baseline is the slower card. Then all ranks together time guidance
-and sequence parallelism, hidden and not, with both wires, and the VAE's decode. A row's layer is what a block adds: the
-time with the blocks less the time without, over their number.
+and sequence parallelism, hidden and not, with both wires. A row's layer is what a block adds: the time with the blocks
+less the time without, over their number. The rest of the run, the link and a whole clip are in parallel_parts.py.
 """
 
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
-from math import ceil
 from statistics import median
 
 from dax.bench import report, rivals
 from dax.bench.forward import image_embeds, timesteps
 from dax.bench.model import build, facts_of
+from dax.bench.parallel_parts import Job, Part, clip_alone, clip_rows, decode_rows, link_rows, relative
+from dax.bench.ranks_clock import ROUNDS, RanksClock
 from dax.bench.size import checked_size
-from dax.errors import DaxError
+from dax.errors import DaxError, nearest
 from dax.parallel.board import mine
 from dax.parallel.join import check_gpus, code_digest, joined, place
 from dax.parallel.launch import run_ranks
 
-ROUNDS = 2
 SAME = 0.03  # from what one GPU computes with the same kernels: bf16 of other shapes rounds otherwise
-RESIDUAL_VAE = {  # that of Wan2.2 TI2V-5B
-    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
-    "patch_size": 2, "scale_factor_spatial": 16,
-}  # fmt: skip
+DECODE_SAME = 5e-3  # the VAE's convolutions run in TF32, by whatever algorithm suits the strip
 COLUMNS = {
     "label": "way",
     "ms_per_layer": "ms/layer",
     "speedup": "times one",
     "predicted": "predicted",
+    "lost_ms": "lost ms",
+    "hidden_pct": "hidden %",
     "video_s": "denoise s",
     "error": "error",
     "sm_mhz": "SM MHz",
@@ -45,6 +43,9 @@ class Way:
     label: str
     parallel: dict
     branches: int = 1
+
+
+ONE = Way("one GPU, the slower", {})
 
 
 def ways(gpus: int, chunks: int, eight_bits: bool) -> list[Way]:
@@ -66,8 +67,14 @@ def ways(gpus: int, chunks: int, eight_bits: bool) -> list[Way]:
     return found
 
 
-def bench(model, size, layers, plan, gpus, warm_up_s, timed_s, device=None, log=print, chunks=5, vae=True) -> dict:
-    """Start the ranks and return the record. DaxError for what cannot be, before they start."""
+def bench(
+    model, size, layers, plan, gpus, warm_up_s, timed_s, device=None, log=print, parts: str | None = None, chunks=5
+) -> dict:
+    """Start the ranks and return the record. DaxError for what cannot be, before they start.
+
+    parts   some of PARTS, with commas between; all by default
+    log     hears each figure as it is known, so that a run that is cut short has told something
+    """
     import torch
 
     facts = facts_of(model or "tiny")
@@ -76,60 +83,106 @@ def bench(model, size, layers, plan, gpus, warm_up_s, timed_s, device=None, log=
         raise DaxError("bad_request", f"bench parallel: {facts.name} takes a control video: dax bench forward knows it")
     if gpus < 2:
         raise DaxError("bad_request", "bench parallel: --gpus 2 or more")
+    chosen = list(PARTS) if parts is None else [name.strip() for name in parts.split(",") if name.strip()]
+    for name in chosen:
+        if name not in PARTS:
+            raise DaxError("bad_request", f"--rows: parallel has no part {name!r}{nearest(name, PARTS)}")
     check_gpus(gpus, device, torch.cuda.device_count())
     device = device or "cuda"
     layers = min(layers or 4, facts.num_layers)
     log(f"{facts.name}: {layers} of {facts.num_layers} blocks, plan {plan}, on {gpus} x {device}")
-    args = (facts, asdict(pixels), layers, plan, gpus, warm_up_s, timed_s, device, chunks, vae)
-    figures = run_ranks(measure, args, gpus)
-    for name in ("rows", "vae"):
-        for row in figures[name]:
-            log(f"{row['label']}: {report.shown(row.get('ms_per_layer') or row.get('seconds'))}")
-    return report.record("parallel", device, model=facts.name, num_blocks=layers, plan=plan, gpus=gpus, **figures)
+    job = Job(facts, asdict(pixels), layers, plan, gpus, device, warm_up_s, timed_s, chunks, log)
+    figures = run_ranks(measure, (job, chosen), gpus)
+    found = {"failed": off(figures), "rows": figures.pop("ways", []), **figures}
+    size = job.pixels | {"tokens": facts.tokens(**job.pixels)}
+    return report.record("parallel", device, model=facts.name, num_blocks=layers, plan=plan, gpus=gpus, **size, **found)
 
 
-def measure(facts, pixels: dict, layers: int, plan, gpus, warm_up_s, timed_s, device, chunks, vae) -> dict:
+def off(figures: dict) -> str | None:
+    """What a check found wrong, in a line; None if all is well. A clip must lie inside the noise floor."""
+    limits = {"ways": lambda row: SAME, "vae": lambda row: DECODE_SAME, "clip": lambda row: row["floor"]}
+    wrong = [
+        f"{row['label']}: error {row['error']:.2g}, limit {limits[part](row):.2g}"
+        for part, rows in figures.items()
+        for row in rows
+        if part in limits and not row["error"] <= limits[part](row)
+    ]
+    return "; ".join(wrong) or None
+
+
+def measure(job: Job, chosen: list[str]) -> dict:
     """What every rank does; rank 0's figures are the record's."""
     import torch
-    from torch import nn
 
     here = place()
-    if device == "cuda":
+    if job.device == "cuda":
         torch.cuda.set_device(here.local_rank)
-    transformer = build(facts, None, device, layers)
-    alone, engine = arranged(facts, transformer, plan, None)
-    eight_bits = engine.plan.attention.kernel == "int8"
-    tokens = facts.tokens(**pixels)
-    with torch.no_grad(), joined(here, device, {"code": code_digest()}):
-        clock = Clock(device, warm_up_s, timed_s)
-        ready, rows = {}, []
-        one = Way("one GPU, the slower", {})
-        for way in (one, *ways(gpus, chunks, eight_bits)):
-            pipe, engine = (alone, engine) if way is one else arranged(facts, transformer, plan, way.parallel)
-            run = call_of(facts, pixels, pipe.transformer, device, way.branches)
-            output = run().float()
-            if way is one:
-                reference = output
-            error = relative(output, reference)
-            if not error <= SAME:
-                raise DaxError("check_failed", f"{way.label}: result lies {error:.4f} from one GPU's, limit {SAME}")
-            ready[way.label] = way, run, pipe.transformer, error
-            mine() and mine().enter(f"bench {way.label}")
-        times = {label: [] for label in ready}
-        for _ in range(ROUNDS):
-            for label, (_, run, _, _) in ready.items():
-                times[label].append(clock.ms(run))
-        for label, (way, run, model, error) in ready.items():
+    with torch.no_grad():
+        before = {name: PARTS[name].alone(job) for name in chosen}
+        with joined(here, job.device, {"code": code_digest()}):
+            clock, figures = RanksClock(job.device, job.warm_up_s, job.timed_s), {}
+            for name in chosen:
+                mine() and mine().enter(f"bench {name}")
+                figures[name] = PARTS[name].together(job, clock, before.pop(name))
+    return figures
+
+
+def one_rank(job: Job):
+    """(the model of random weights, a pipeline around a twin under the plan, the twin's engine)"""
+    transformer = build(job.facts, None, job.device, job.layers)
+    return transformer, *arranged(job.facts, transformer, job.plan, None)
+
+
+def way_rows(job: Job, clock: RanksClock, before) -> list[dict]:
+    """The rows of every way: first each result is checked, then all take turns. What is off is not timed."""
+    from torch import nn
+
+    transformer, alone, engine = before
+    eight_bits, plan = engine.plan.attention.kernel == "int8", engine.plan
+    tried = [ONE, *ways(job.gpus, job.chunks, eight_bits)]
+    ready, errors, readings = {}, {}, {}
+    for way in tried:
+        pipe = alone if way is ONE else arranged(job.facts, transformer, job.plan, way.parallel)[0]
+        run = call_of(job.facts, job.pixels, pipe.transformer, job.device, way.branches)
+        output = run().float()
+        if way is ONE:
+            reference = output
+        errors[way.label] = clock.together(relative(output, reference))
+        off = not errors[way.label] <= SAME
+        clock.tell(job, f"{way.label}: error {errors[way.label]:.4f}" + f", limit {SAME}: not timed" * off)
+        if not off:
+            ready[way.label] = run, pipe.transformer
+    times = {label: [] for label in ready}
+    for turn in range(ROUNDS):
+        for label, (run, _) in ready.items():
+            ms, readings[label] = clock.sustained_ms(run)
+            times[label].append(ms)
+            clock.tell(job, f"round {turn + 1} of {ROUNDS}, {label}: {ms:.1f} ms a call")
+    rows = []
+    for way in tried:
+        row = {"label": way.label, "parallel": way.parallel, "error": errors[way.label]}
+        if way.label in ready:
+            run, model = ready[way.label]
             blocks, model.blocks = model.blocks, nn.ModuleList()
-            around_ms = clock.ms(run, short=True)
+            around_ms, _ = clock.sustained_ms(run, share=0.1)
             model.blocks = blocks
-            rows.append(line(way, median(times[label]), around_ms, layers, facts, error, clock))
-        for row in rows:
-            row["speedup"] = rows[0]["layer_and_branch_ms"] / row["layer_and_branch_ms"]
-            row["predicted"] = predicted(row, facts, tokens, device, eight_bits, engine.plan)
-        decodes = decode_rows(pixels, facts, device, clock) if vae else []
-        link = links(device, gpus) if device == "cuda" else []
-    return {**pixels, "tokens": tokens, "rows": rows, "vae": decodes, "links": link}
+            row |= line(way, median(times[way.label]), around_ms, job.layers, job.facts)
+            row |= asdict(readings[way.label]) | {"predicted": predicted(way, job, eight_bits, plan)}
+        rows.append(row)
+    beside_one(rows, job.gpus)
+    for row in rows:
+        cells = (f"{name} {report.shown(row.get(key))}" for key, name in COLUMNS.items() if key != "label")
+        clock.tell(job, f"{row['label']}: {', '.join(cells)}")
+    return rows
+
+
+def auto_rows(job: Job, clock: RanksClock, before) -> list[dict]:
+    """What a plan that leaves sequence parallelism to `auto` comes to on these GPUs, measurements included."""
+    _, engine = arranged(job.facts, build(job.facts, None, job.device, 1), job.plan, {"cfg": 1})
+    rows = [{"label": note} for note in engine.notes if note.startswith("parallel")]
+    for row in rows:
+        clock.tell(job, row["label"])
+    return rows
 
 
 def arranged(facts, transformer, plan, parallel: dict | None):
@@ -155,7 +208,7 @@ def pipeline(transformer, facts, vae=None):
     return pipe
 
 
-def call_of(facts, pixels: dict, model, device: str, branches: int):
+def call_of(facts, pixels: dict, model, device: str, branches: int) -> Callable:
     """One forward, or with `branches` 2 one step's two, as the pipeline asks for them; returns the first's output."""
     import torch
 
@@ -178,133 +231,59 @@ def call_of(facts, pixels: dict, model, device: str, branches: int):
     return call
 
 
-class Clock:
-    """Milliseconds of a call that all ranks make together: the same number of times on each, and the slowest counts."""
-
-    def __init__(self, device: str, warm_up_s: float, timed_s: float):
-        from dax.bench.timing import sensor
-
-        self.device, self.warm_up_s, self.timed_s = device, warm_up_s, timed_s
-        self.read = sensor(device) if device == "cuda" else None
-        self.sm_mhz = self.watts = None
-
-    def ms(self, call, short: bool = False) -> float:
-        """Of one call, back to back after a warm-up; a tenth of the time when `short`."""
-        from dax.bench.timing import Sensors, summarise
-
-        share = 0.1 if short else 1.0
-        first = self.together(self.several(call, 1))
-        self.several(call, ceil(share * self.warm_up_s / first))
-        count = ceil(share * self.timed_s / ROUNDS / first)
-        with Sensors(self.read) as sensors:
-            seconds = self.together(self.several(call, count))
-        if not short:
-            reading = summarise(sensors.rows)
-            self.sm_mhz, self.watts = reading.sm_mhz, reading.watts
-        return 1e3 * seconds / count
-
-    def several(self, call, count: int) -> float:
-        """Seconds of so many calls on this rank."""
-        self.wait()
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        self.wait()
-        return time.perf_counter() - start
-
-    def wait(self) -> None:
-        import torch
-        import torch.distributed as dist
-
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier()
-
-    def together(self, seconds: float) -> float:
-        """The longest of all ranks."""
-        import torch
-        import torch.distributed as dist
-
-        longest = torch.tensor(seconds, device=self.device, dtype=torch.float64)
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-        return longest.item()
-
-
-def line(way: Way, ms: float, around_ms: float, layers: int, facts, error: float, clock: Clock) -> dict:
-    """One row. `ms_per_layer` of a step's two branches where one call answers for both, else of one."""
+def line(way: Way, ms: float, around_ms: float, layers: int, facts) -> dict:
+    """The times of a row. `ms_per_layer` of a step's two branches where one call answers for both, else of one."""
     layer_ms = (ms - around_ms) / layers
     each = layer_ms / way.branches
     return {
-        "label": way.label,
-        "parallel": way.parallel,
         "ms_per_layer": layer_ms,
         "layer_and_branch_ms": each,
         "around_ms": around_ms,
         "video_s": (each * facts.num_layers + around_ms / way.branches) * 2 * facts.defaults.steps / 1e3,
-        "error": error,
-        "sm_mhz": clock.sm_mhz,
-        "watts": clock.watts,
     }
 
 
-def predicted(row: dict, facts, tokens: int, device: str, eight_bits: bool, plan) -> float | None:
-    """The planner's speed-up for the row; None without a data sheet."""
+def beside_one(rows: list[dict], gpus: int) -> None:
+    """Add what the rows are beside the first, one GPU. Rows that were not timed get nothing.
+
+    lost_ms      of a layer and branch, over an even share of one GPU's time
+    hidden_pct   of what the serial row with the same wire loses, the share that head chunks win back
+    """
+    timed = [row for row in rows if "ms_per_layer" in row]
+    serial = {}
+    for row in timed:
+        one, each, way = timed[0]["layer_and_branch_ms"], row["layer_and_branch_ms"], row["parallel"]
+        row["speedup"] = one / each
+        if not way:
+            continue
+        row["lost_ms"] = each - one / gpus
+        key = way["ulysses"], way["rows"], way.get("wire")
+        if way.get("overlap") == 0:
+            serial[key] = row["lost_ms"]
+        elif key in serial:
+            row["hidden_pct"] = 100 * (1 - row["lost_ms"] / serial[key])
+
+
+def predicted(way: Way, job: Job, eight_bits: bool, plan) -> float | None:
+    """The planner's speed-up for a way; None without a data sheet."""
     from dax.hardware import machine
     from dax.parallel.planner import cluster_of, predict
     from dax.parallel.topology import Topology
 
-    way = row["parallel"]
     attention = "bf16" if plan.attention.kernel not in ("int8", "sage") else "8bit"
-    cluster = cluster_of(machine(device), attention, "8bit" if plan.linear.active else "bf16")
-    if cluster is None or not way:
+    cluster = cluster_of(machine(job.device), attention, "8bit" if plan.linear.active else "bf16")
+    if cluster is None or way is ONE:
         return None
-    topology = Topology(way["cfg"], way["ulysses"], way["rows"])
-    wire_bytes = 1 if eight_bits and way.get("wire") != "plain" else 2
-    return predict(facts, tokens, topology, cluster, way.get("overlap", 0), wire_bytes).speedup
+    parallel, tokens = way.parallel, job.facts.tokens(**job.pixels)
+    topology = Topology(parallel["cfg"], parallel["ulysses"], parallel["rows"])
+    wire_bytes = 1 if eight_bits and parallel.get("wire") != "plain" else 2
+    return predict(job.facts, tokens, topology, cluster, parallel.get("overlap", 0), wire_bytes).speedup
 
 
-def decode_rows(pixels: dict, facts, device: str, clock: Clock) -> list[dict]:
-    """The VAE's decode of one clip on one rank and split over all, in fp32, random weights."""
-    import torch
-    import torch.distributed as dist
-    from diffusers import AutoencoderKLWan
-
-    from dax.edits import Edits
-    from dax.parallel.vae import apply_vae
-    from dax.parallel.wire import Wire
-
-    torch.manual_seed(0)
-    small = {"base_dim": 16, "decoder_base_dim": None, "num_res_blocks": 1} if device == "cpu" else {}
-    config = RESIDUAL_VAE if facts.token_time else {}
-    vae = AutoencoderKLWan(**config | small).to(device).eval()
-    _, frames, height, width = facts.latent_shape(**pixels)
-    z = torch.randn(1, facts.out_channels, frames, height, width, generator=torch.Generator().manual_seed(0)).to(device)
-    rows, clips, edits = [], [], Edits()
-    for label in ("VAE decode, one GPU", "VAE decode, split"):
-        if clips:
-            apply_vae(vae, Wire(dist.group.WORLD), edits)
-        clips.append(vae.decode(z, return_dict=False)[0].cpu())
-        seconds = clock.together(clock.several(lambda: vae.decode(z, return_dict=False), 1))
-        rows.append({"label": label, "seconds": seconds, "speedup": rows[0]["seconds"] / seconds if rows else 1.0})
-    edits.undo()
-    rows[1]["error"] = relative(clips[1], clips[0])
-    return rows
-
-
-def links(device: str, gpus: int) -> list[dict]:
-    """All-to-all over all ranks at several sizes: what the planner's link should be."""
-    import torch
-    import torch.distributed as dist
-
-    clock, found = Clock(device, 0.2, 0.4), []
-    for mib in (4, 16, 64, 128, 256):
-        send = torch.empty(mib * gpus * 2**20, dtype=torch.uint8, device=device)
-        receive = torch.empty_like(send)
-        ms = clock.ms(partial(dist.all_to_all_single, receive, send))
-        leaving = mib * 2**20 * (gpus - 1)
-        found.append({"leaving_mb": leaving / 1e6, "ms": ms, "gb_per_s": leaving / ms / 1e6})
-    return found
-
-
-def relative(x, reference) -> float:
-    return ((x - reference).norm() / reference.norm()).item()
+PARTS = {
+    "ways": Part(way_rows, one_rank),
+    "auto": Part(auto_rows),
+    "link": Part(link_rows),
+    "vae": Part(decode_rows),
+    "clip": Part(clip_rows, clip_alone),
+}

@@ -22,7 +22,9 @@ def command(
     layers: Annotated[
         int | None, typer.Option("--layers", "--num-blocks", help="blocks to build (4 for block, all for forward)")
     ] = None,
-    rows: Annotated[str | None, typer.Option(help="rivals to time, as in eager,compiled-cudnn,fa3,sage")] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="rivals to time, as in eager,fa3,sage; of parallel: ways,auto,link,vae,clip")
+    ] = None,
     plan: Annotated[list[str] | None, typer.Option(help="also time DAX under this plan; may be repeated")] = None,
     steps: options.Steps = None,
     climb: Annotated[int, typer.Option(help="cached runs of the search for each budget, of cache")] = 40,
@@ -30,7 +32,6 @@ def command(
     warm_up_s: Annotated[float, typer.Option("--warm-up", help="seconds back to back before each visit")] = 5.0,
     timed_s: Annotated[float, typer.Option("--seconds", help="seconds timed per row, over two visits")] = 5.0,
     gpus: Annotated[int, typer.Option(help="parallel: how many")] = 2,
-    vae: Annotated[bool, typer.Option(help="parallel: the decoder, too")] = True,
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
@@ -74,7 +75,7 @@ def command(
     elif subject == "parallel":
         from dax.bench.parallel import COLUMNS, bench
 
-        result = bench(model, size, layers, (plan or ["exact"])[0], gpus, warm_up_s, timed_s, device, log, vae=vae)
+        result = bench(model, size, layers, (plan or ["exact"])[0], gpus, warm_up_s, timed_s, device, log, rows)
     else:
         from dax.bench.contest import COLUMNS, bench
 
@@ -83,8 +84,10 @@ def command(
         )
     if as_json:
         print(json.dumps(result))
-        return
-    from dax.bench.report import headline, table
+    else:
+        from dax.bench.report import headline, table
 
-    print(headline(result))
-    print(table(result["rows"], COLUMNS))
+        print(headline(result))
+        print(table(result["rows"], COLUMNS))
+    if result.get("failed"):
+        raise DaxError("check_failed", result["failed"])

@@ -21,6 +21,7 @@ from dax.kernels.language import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from dax.kernels.start import start
 
 WARPGROUPS, ROWS, STAGES = 3, 64, 2  # rows: of a warpgroup; stages: tiles of keys and values in flight
 REGISTERS = 160
@@ -115,7 +116,7 @@ def fetch(
         load_tile(V, [v_row + i * D, 0], v_full.index(stage), v_tiles.index(stage))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["S", "H", "num_keys", "num_tiles"])
 def attention_kernel(
     Q, K, V, QScale, KScale, VScale, Out, S, H, num_keys, num_tiles,
     TURNS: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
@@ -189,7 +190,8 @@ def launch(q, q_scale, k, k_scale, v, v_scale, num_keys: int) -> torch.Tensor:
     T, TILE = k.shape[2:4]
     out = torch.empty(B, S, H, D, device=q.device, dtype=torch.bfloat16)
     with torch.cuda.device_of(q):
-        attention_kernel[triton.cdiv(S, WARPGROUPS * ROWS), B * H](
+        start(
+            attention_kernel, (triton.cdiv(S, WARPGROUPS * ROWS), B * H),
             tiles(q, ROWS, gl.int8), tiles(k, TILE, gl.int8), tiles(v, D, gl.float8e4nv), q_scale, k_scale, v_scale,
             out, S, H, num_keys, T,
             TURNS=WARPGROUPS, ROWS=ROWS, TILE=TILE, D=D, STAGES=STAGES, REGISTERS=REGISTERS, num_warps=4,

@@ -7,6 +7,7 @@ the same multiprocessor, three of which fit.
 import torch
 
 from dax.kernels.language import tl, triton
+from dax.kernels.start import start
 
 # Compute capability: rows of a program, keys of a step, whether tiles are fetched by descriptor, what Triton is told.
 CONFIG = {
@@ -46,7 +47,7 @@ def attend_tile(
     return new, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "H", "num_keys", "num_tiles"])
 def attention_kernel(
     Q, QScale, K, KScale, V, VScale, Out, S, H, num_keys, num_tiles,
     ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
@@ -129,7 +130,8 @@ def launch(q, q_scale, k, k_scale, v, v_scale, num_keys: int, sm: int) -> torch.
     if config["DESCRIBED"]:
         k, v = described(k, config["KEYS"]), described(v, D)
     with torch.cuda.device_of(q):
-        attention_kernel[triton.cdiv(S, config["ROWS"]), B * H](
+        start(
+            attention_kernel, (triton.cdiv(S, config["ROWS"]), B * H),
             q, q_scale, k, k_scale, v, v_scale, out, S, H, num_keys, num_tiles,
             TILE=TILE, D=D, enable_fp_fusion=True, **config,
         )  # fmt: skip

@@ -5,6 +5,7 @@ import torch
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
 from dax.kernels.quantize import load_row, row_meta, store_row
+from dax.kernels.start import start
 from dax.kernels.token_rows import rows_of_tokens, strides
 
 
@@ -21,7 +22,7 @@ def gated_residual_reference(
     return (residual.float() + y.float() * rows_of_tokens(gate, y.shape[1], split)).to(residual.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "split"])
 def gate_kernel(Y, Gate, Residual, Out, tokens, split, video_stride, row_stride, C: tl.constexpr, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     ys = load_row(Y + row * C, C, CHUNK)
@@ -39,7 +40,7 @@ def launch(y: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor, split: i
     gate = gate.float().contiguous()
     which = (S, split, *strides(gate))
     with torch.cuda.device_of(y):
-        gate_kernel[(B * S,)](y.contiguous(), gate, residual.contiguous(), out, *which, **row_meta(C))
+        start(gate_kernel, (B * S,), y.contiguous(), gate, residual.contiguous(), out, *which, **row_meta(C))
     return out
 
 

@@ -5,7 +5,7 @@ A stand-in lets a kernel file be imported on a machine without a GPU, where only
 
 
 class Absent:
-    jit = staticmethod(lambda function: function)
+    jit = staticmethod(lambda function=None, **options: function or (lambda function: function))
     constexpr = staticmethod(lambda value: value)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
 from dax.kernels.quantize import LARGEST, decoded, load_row, quantize_rows_reference, row_meta, store_codes, store_row
+from dax.kernels.start import start
 from dax.kernels.token_rows import rows_of_tokens, strides
 
 
@@ -44,7 +45,7 @@ def norm_modulate_quantize_reference(
     return quantize_rows_reference(norm_modulate_reference(x.float(), weight, bias, eps, split), dtype, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "split"])
 def norm_kernel(
     X,
     Weight,
@@ -89,18 +90,18 @@ def norm_kernel(
         store_codes(Out + row * C, out, Scale + row, StaticScale, inverse * 0.0, C, CHUNK, LARGEST)
 
 
-def start(x, weight, bias, eps, out, scale, static_scale, split) -> None:
+def normed(x, weight, bias, eps, out, scale, static_scale, split) -> None:
     B, S, C = x.shape
     weight, bias = (v.float().contiguous() for v in (weight, bias))
     which = (S, split, *strides(weight))
     static = {"LARGEST": LARGEST.get(out.dtype, 0.0)} | row_meta(C)
     with torch.cuda.device_of(x):
-        norm_kernel[(B * S,)](x.contiguous(), weight, bias, out, scale, static_scale, *which, eps, **static)
+        start(norm_kernel, (B * S,), x.contiguous(), weight, bias, out, scale, static_scale, *which, eps, **static)
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, split: int = 0) -> torch.Tensor:
     out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    start(x, weight, bias, eps, out, None, None, split)
+    normed(x, weight, bias, eps, out, None, None, split)
     return out
 
 
@@ -115,7 +116,7 @@ def launch_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(x.shape, device=x.device, dtype=dtype)
     row_scale = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
-    start(x, weight, bias, eps, codes, row_scale, scale, split)
+    normed(x, weight, bias, eps, codes, row_scale, scale, split)
     return codes, row_scale
 
 

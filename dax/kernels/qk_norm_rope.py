@@ -8,6 +8,7 @@ import torch
 
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
+from dax.kernels.start import start
 
 BLOCK = 4096  # elements a program holds at a time
 NUM_WARPS = 4
@@ -76,7 +77,7 @@ def normed_turned(row, columns, Weight, cos, sin, NORM: tl.constexpr, ROPE: tl.c
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def norm_rope_kernel(
     X, Weight, Cos, Sin, Out, S, stride_b, stride_s, eps,
     C: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
@@ -125,8 +126,8 @@ def launch(
     chunk = chunk_of(C, D)
     rows = max(1, BLOCK // chunk)
     with torch.cuda.device_of(x):
-        norm_rope_kernel[triton.cdiv(S, rows), B](
-            x, weight, cos, sin, out, S, x.stride(0), x.stride(1), eps,
+        start(
+            norm_rope_kernel, (triton.cdiv(S, rows), B), x, weight, cos, sin, out, S, x.stride(0), x.stride(1), eps,
             C=C, D=D, CHUNK=chunk, ROWS=rows, NORM=weight is not None, ROPE=cos is not None,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip

@@ -20,6 +20,7 @@ from dax.kernels.qk_norm_rope import (
     rows_of,
     table_of,
 )
+from dax.kernels.start import start
 
 TILE = 128  # keys that share a scale, and what attention takes at a time
 LOG2_E = 1.4426950408889634
@@ -124,7 +125,7 @@ def rounded(x):
     return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def q_quantize_kernel(
     Q, Weight, Cos, Sin, Codes, Scales, S, stride_b, stride_s, eps, fold,
     C: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
@@ -158,7 +159,7 @@ def q_quantize_kernel(
             tl.store(out + i * WIDTH, rounded(value))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def k_quantize_kernel(
     K, Mean, Codes, Steps, S, stride_b, stride_s, stride_h,
     D: tl.constexpr, TILE: tl.constexpr,
@@ -200,8 +201,9 @@ def launch_q_quantize(
     chunk = chunk_of(C, D)
     rows = max(1, BLOCK // chunk)
     with torch.cuda.device_of(q):
-        q_quantize_kernel[triton.cdiv(S, rows), B](
-            q, weight, cos, sin, quantized, scales, S, q.stride(0), q.stride(1), eps, scale * LOG2_E * 32**-0.5,
+        start(
+            q_quantize_kernel, (triton.cdiv(S, rows), B), q, weight, cos, sin, quantized, scales, S,
+            q.stride(0), q.stride(1), eps, scale * LOG2_E * 32**-0.5,
             C=C, D=D, CHUNK=chunk, ROWS=rows, NORM=weight is not None, ROPE=cos is not None,
             num_warps=Q_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
@@ -215,8 +217,8 @@ def launch_k_quantize(k: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor
     quantized = torch.empty(B, H, T, TILE, D, device=k.device, dtype=torch.int8)
     steps = torch.empty(B, H, T, device=k.device, dtype=torch.float32)
     with torch.cuda.device_of(k):
-        k_quantize_kernel[H, T, B](
-            k, mean, quantized, steps, S, k.stride(0), k.stride(1), k.stride(2),
+        start(
+            k_quantize_kernel, (H, T, B), k, mean, quantized, steps, S, k.stride(0), k.stride(1), k.stride(2),
             D=D, TILE=TILE, num_warps=K_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return quantized, steps

@@ -8,6 +8,7 @@ import torch
 
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
+from dax.kernels.start import start
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 SMALLEST_AMAX = 1e-12  # so that a row of zeros has a scale
@@ -113,7 +114,7 @@ def launch(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = Non
     row_scale = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
     rows = (row_scale.numel(),)
     with torch.cuda.device_of(x):
-        quantize_kernel[rows](x, codes, row_scale, scale, LARGEST=LARGEST[dtype], **row_meta(x.shape[-1]))
+        start(quantize_kernel, rows, x, codes, row_scale, scale, LARGEST=LARGEST[dtype], **row_meta(x.shape[-1]))
     return codes, row_scale
 
 

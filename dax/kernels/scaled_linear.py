@@ -13,6 +13,7 @@ from dax.errors import DaxError
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
 from dax.kernels.quantize import LARGEST, decoded, quantize_rows_reference, to_codes
+from dax.kernels.start import start
 from dax.kernels.token_rows import rows_of_tokens
 
 
@@ -80,7 +81,7 @@ def gelu_tanh(y):
     return y * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * u)))  # y (1 + tanh u) / 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     X,
     XScale,
@@ -110,10 +111,10 @@ def linear_kernel(
     k = tl.arange(0, BK)
     acc = tl.zeros([BM, BN], tl.int32 if X.dtype.element_ty == tl.int8 else tl.float32)
     x_rows, w_rows = X + m[:, None].to(tl.int64) * K, W + n[:, None].to(tl.int64) * K
-    for start in range(0, K, BK):
-        inside = (start + k)[None, :] < K
-        x = tl.load(x_rows + (start + k)[None, :], mask=m_inside[:, None] & inside, other=0.0)
-        w = tl.load(w_rows + (start + k)[None, :], mask=n_inside[:, None] & inside, other=0.0)
+    for done in range(0, K, BK):
+        inside = (done + k)[None, :] < K
+        x = tl.load(x_rows + (done + k)[None, :], mask=m_inside[:, None] & inside, other=0.0)
+        w = tl.load(w_rows + (done + k)[None, :], mask=n_inside[:, None] & inside, other=0.0)
         acc += tl.dot(x, w.T, out_dtype=acc.dtype)
     y = acc.to(tl.float32) * tl.load(XScale + m, m_inside, 0.0)[:, None] * tl.load(WScale + n, n_inside, 0.0)[None, :]
     y += tl.load(Bias + n, n_inside, 0.0)[None, :]
@@ -133,23 +134,24 @@ def linear_kernel(
 TILE = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
-def start(x, x_scale, weight, weight_scale, bias, residual, out_scale, out, gelu) -> None:
+def product(x, x_scale, weight, weight_scale, bias, residual, out_scale, out, gelu) -> None:
     """Write `out` [M, N]; everything two-dimensional, scales and bias fp32."""
     operands = x, x_scale, weight, weight_scale, bias, residual, out_scale, out
     with torch.cuda.device_of(x):
         if torch.cuda.get_device_capability(x.device)[0] == 9 and out.element_size() < 4:
-            from dax.kernels.scaled_linear_hopper import start as start_hopper
+            from dax.kernels.scaled_linear_hopper import product as on_hopper
 
-            start_hopper(*operands, gelu)
+            on_hopper(*operands, gelu)
         else:
-            start_portable(*operands, gelu)
+            portable_product(*operands, gelu)
 
 
-def start_portable(x, x_scale, weight, weight_scale, bias, residual, out_scale, out, gelu) -> None:
+def portable_product(x, x_scale, weight, weight_scale, bias, residual, out_scale, out, gelu) -> None:
     (M, K), N = x.shape, len(weight)
     grid = (triton.cdiv(M, TILE["BM"]) * triton.cdiv(N, TILE["BN"]),)
     meta = {"GELU": gelu, "LARGEST": LARGEST.get(out.dtype, 0.0), "INTEGER": out.dtype == torch.int8}
-    linear_kernel[grid](x, x_scale, weight, weight_scale, bias, residual, out_scale, out, M, N, K, **meta, **TILE)
+    operands = x, x_scale, weight, weight_scale, bias, residual, out_scale, out
+    start(linear_kernel, grid, *operands, M, N, K, **meta, **TILE)
 
 
 def launch(
@@ -171,7 +173,7 @@ def launch(
     x, x_scale = x.contiguous(), x_scale.contiguous()
     for where, factor in pieces(gate, x.shape[:-1], split):
         scale, offset = (weight_scale, bias) if factor is None else (weight_scale * factor, bias * factor)
-        start(
+        product(
             x[where].reshape(-1, x.shape[-1]),
             x_scale[where].reshape(-1),
             weight,
@@ -213,7 +215,9 @@ def launch_quantize(
     out = torch.empty(*x.shape[:-1], N, device=x.device, dtype=x.dtype)
     bias = torch.zeros_like(weight_scale) if bias is None else bias.float()
     x, x_scale = x.contiguous(), x_scale.contiguous()
-    start(x.view(-1, x.shape[-1]), x_scale.view(-1), weight, weight_scale, bias, None, out_scale, out.view(-1, N), gelu)
+    product(
+        x.view(-1, x.shape[-1]), x_scale.view(-1), weight, weight_scale, bias, None, out_scale, out.view(-1, N), gelu
+    )
     return out, out_scale + x_scale * 0
 
 

@@ -23,6 +23,7 @@ from dax.kernels.language import (
     warpgroup_mma_wait,
 )
 from dax.kernels.quantize import LARGEST
+from dax.kernels.start import start
 
 BM = gl.constexpr(64)  # rows of one warpgroup
 BN = gl.constexpr(256)
@@ -161,7 +162,7 @@ def producer(XTiles, WTiles, xs, ws, full, empty, M, N, K, blocks):
             done += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M"])
 def linear_kernel(
     XTiles,
     WTiles,
@@ -204,12 +205,14 @@ def linear_kernel(
     )
 
 
-def start(x, x_scale, weight, weight_scale, bias, residual, out_scale, out, gelu) -> None:
-    """Write `out` [M, N]: bf16, fp16 or, with `out_scale`, 8 bits. See scaled_linear.start."""
+def product(x, x_scale, weight, weight_scale, bias, residual, out_scale, out, gelu) -> None:
+    """Write `out` [M, N]: bf16, fp16 or, with `out_scale`, 8 bits. See scaled_linear.product."""
     (M, K), N = x.shape, len(weight)
     blocks = num_sms(x.device.index)
     out_tiles = tiles(out, BM.value, BN.value)
-    linear_kernel[(blocks,)](
+    start(
+        linear_kernel,
+        (blocks,),
         tiles(x, 2 * BM.value, BK.value),
         tiles(weight, BN.value, BK.value),
         out_tiles,

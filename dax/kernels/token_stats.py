@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
+from dax.kernels.start import start
 
 TILE = 128
 NUM_WARPS = 2
@@ -41,7 +42,7 @@ def larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def token_stats_kernel(
     X, Out, S, stride_b, stride_s, stride_h, D: tl.constexpr, TILE: tl.constexpr, AMAX: tl.constexpr
 ):
@@ -60,9 +61,10 @@ def tile_stats(x: torch.Tensor, amax: bool) -> torch.Tensor:
     T = -(-S // TILE)
     out = torch.empty(B, T, H, D, device=x.device, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        token_stats_kernel[H, T, B](
-            x, out, S, x.stride(0), x.stride(1), x.stride(2), D=D, TILE=TILE, AMAX=amax, num_warps=NUM_WARPS
-        )
+        start(
+            token_stats_kernel, (H, T, B), x, out, S, x.stride(0), x.stride(1), x.stride(2),
+            D=D, TILE=TILE, AMAX=amax, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return out
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
+from dax.kernels.start import start
 
 TILE = 128
 ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
@@ -35,7 +36,7 @@ def v_quantize_reference(v: torch.Tensor, amax: torch.Tensor, dtype: torch.dtype
     return x.permute(0, 4, 1, 5, 2, 3).flatten(-2).to(dtype).contiguous(), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def v_quantize_kernel(V, Scale, Out, S, stride_b, stride_s, stride_h, D: tl.constexpr, TILE: tl.constexpr):
     head, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     place = tl.arange(0, TILE)
@@ -57,9 +58,10 @@ def launch(v: torch.Tensor, amax: torch.Tensor, dtype: torch.dtype) -> tuple[tor
     scale = (amax / LARGEST[dtype]).clamp_min(SMALLEST)
     out = torch.empty(B, H, T, D, TILE, device=v.device, dtype=dtype)
     with torch.cuda.device_of(v):
-        v_quantize_kernel[H, T, B](
-            v, scale, out, S, v.stride(0), v.stride(1), v.stride(2), D=D, TILE=TILE, num_warps=NUM_WARPS
-        )
+        start(
+            v_quantize_kernel, (H, T, B), v, scale, out, S, v.stride(0), v.stride(1), v.stride(2),
+            D=D, TILE=TILE, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return out, scale
 
 

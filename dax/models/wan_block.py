@@ -19,10 +19,12 @@ from dax.errors import DaxError
 from dax.kernels.gated_residual import gated_residual
 from dax.kernels.norm_modulate import norm_modulate, norm_modulate_quantize
 from dax.kernels.scaled_linear import scaled_linear
+from dax.kernels.start import compiled_ahead
 from dax.models.token_time import Modulation, modulation
 from dax.models.wan import TEXT_TOKENS, WanProcessor, attend_heads, attend_text, small_numbers
 from dax.quant.linear import QuantLinear
 
+FEW_TOKENS = 128
 Activation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # bf16, or 8 bits and a scale for each token
 
 
@@ -199,6 +201,23 @@ def apply_blocks(target, edits: Edits) -> int:
 
 def forward_of(block):
     return control_forward if hasattr(block, "proj_in") else block_forward
+
+
+def compile_kernels(target) -> None:
+    """Compile what the blocks on a GPU will launch, all kernels at once: each kind of block sees a few tokens.
+
+    The kernels serve any number of tokens. Blocks that wait elsewhere, as when offloaded, compile at their first call.
+    """
+    facts = target.facts
+    kinds = {repr(block): block for block in target.blocks() if block.scale_shift_table.is_cuda}
+    for block in kinds.values():
+        device = block.scale_shift_table.device
+        zeros = partial(torch.zeros, device=device, dtype=target.transformers[0].dtype)
+        x, text = zeros(1, FEW_TOKENS, facts.width), zeros(1, facts.image_tokens + TEXT_TOKENS, facts.width)
+        control = [x] * (forward_of(block) is control_forward)
+        rotary = (torch.zeros(1, FEW_TOKENS, 1, facts.head_dim, device=device),) * 2
+        with torch.cuda.device(device), torch.no_grad(), compiled_ahead():
+            block(x, text, *control, zeros(1, 6, facts.width), rotary)
 
 
 def segments(block) -> dict[str, bool]:

@@ -26,9 +26,7 @@ def admitted(backend, sequence, tokens: int, chunks: int, head_dim: int, turn, d
     heads, own = sequence.heads, sequence.layout.token_sizes[sequence.wire.rank]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
-        torch.randn(1, own, heads * head_dim, generator=generator, device=device, dtype=dtype) for _ in range(3)
-    )
+    q, k, v = (torch.randn(1, own, heads * head_dim, generator=generator, device=device, dtype=dtype) for _ in range(3))
 
     def seconds(way) -> float:
         gather(sequence.wire, torch.zeros(1, device=device), (1,) * sequence.wire.ranks, 0)  # start together

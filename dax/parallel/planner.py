@@ -10,11 +10,12 @@ from math import ceil
 
 from dax.errors import DaxError
 from dax.facts import Facts
-from dax.parallel.topology import Layout, Topology, complete
+from dax.hardware import ATTENTION_REACHES, LINEAR_REACHES, TRAFFIC_REACHES
+from dax.parallel.topology import Layout, Topology, chunk_sizes, complete
 
 TILE = 128  # keys that share a scale: their means are what 8-bit attention must know of all tokens
 DEGREES = ("cfg", "ulysses", "rows")
-CHUNKS = (1, 2, 3, 4, 5)  # head chunks worth a thought: more gain little, and leave a wave of blocks half empty each
+CHUNKS = (2, 3, 4, 5, 6)  # head chunks worth a thought: more gain little, and leave a wave of blocks half empty each
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,7 @@ LINKS = {
     "infiniband": Link(45e-6, 42e9),
 }
 NVLINK = ("a100", "h20", "h100", "h200", "b200")
-# Share of the data sheet's peak that is reached: (GEMM, self-attention), measured on an H200 at 75 600 tokens.
-REACHED = {"8bit": (0.707, 0.500), "bf16": (0.760, 0.574)}
-TRAFFIC = {"8bit": 19.6, "bf16": 23.4}  # of a fused block
-MEMORY_REACHED = 0.84
+TRAFFIC = {"8bit": 20.5, "bf16": 23.4}  # of a fused block
 
 
 def cluster_of(machine, attention: str, linear: str, node: int = 8) -> Cluster | None:
@@ -69,11 +67,12 @@ def cluster_of(machine, attention: str, linear: str, node: int = 8) -> Cluster |
     peak = {"bf16": machine.peak_tflops["bf16"] * 1e12, "8bit": machine.peak_tflops.get("int8", 0) * 1e12}
     name = machine.name.lower()
     inside = LINKS["nvlink" if any(card in name for card in NVLINK) and "pcie" not in name else "pcie"]
+    eight = {"8bit": "int8", "bf16": "bf16"}[linear]
     return Cluster(
-        linear=REACHED[linear][0] * peak[linear],
-        attention=REACHED[attention][1] * peak[attention],
-        cross=REACHED["bf16"][1] * peak["bf16"],
-        memory=MEMORY_REACHED * machine.bandwidth_tbs * 1e12,
+        linear=LINEAR_REACHES[eight] * peak[linear],
+        attention=ATTENTION_REACHES["int8" if attention == "8bit" else "cudnn"] * peak[attention],
+        cross=ATTENTION_REACHES["cudnn"] * peak["bf16"],
+        memory=TRAFFIC_REACHES["fused"] * machine.bandwidth_tbs * 1e12,
         traffic=TRAFFIC[linear],
         node=node,
         inside=inside,
@@ -134,25 +133,44 @@ def exchanges_s(
     u, r, sequence = topology.ulysses, topology.rows, topology.sequence
     if sequence == 1:
         return 0.0, 0.0
-    share, chunk = tokens * facts.width / sequence, max(chunks, 1)  # elements of q, k, v or o on one rank
+    share, heads = tokens * facts.width / sequence, ceil(facts.num_heads / u)  # elements of q, k, v or o on one rank
     q, kv = share * (1 - 1 / u), share * (r - 1 / u)
 
-    def seconds(elements: float, ranks: int, size: int) -> float:
-        return exchange_s(elements * size / chunk, ranks, cluster)
+    def seconds(elements: float, ranks: int, size: int, part: float) -> float:
+        return exchange_s(elements * size * part, ranks, cluster)
 
-    if wire_bytes == 1:  # in one message, after the tiles' means in another
-        inputs = seconds(q + 2 * kv, sequence, 1)
+    def inputs(part: float) -> float:  # 8 bits in one message
+        if wire_bytes == 1:
+            return seconds(q + 2 * kv, sequence, 1, part)
+        return seconds(q, u, 2, part) + 2 * seconds(kv, sequence, 2, part)
+
+    stats, unseen = 0.0, 0.0
+    if wire_bytes == 1:  # the tiles' means, while the queries are quantised
         stats = exchange_s(4 * share / TILE * (sequence - 1), sequence, cluster)
-    else:
-        inputs, stats = seconds(q, u, 2) + 2 * seconds(kv, sequence, 2), 0.0
-    output = seconds(q, u, 2)
-    total = chunk * (inputs + output)
-    if chunks == 0:
-        return stats + total, stats + total
-    # the first chunk's operands and the last one's output are seen; attention hides what it can of the rest
-    attending = compute_s(facts, tokens, topology, cluster, only_attention=True) * (chunk - 1) / chunk
-    middle = (chunk - 1) * (inputs + output)
-    return stats + total, stats + inputs + output + max(0.0, middle - attending)
+        unseen = min(stats, 3 * share / cluster.memory)  # bytes: read in 16 bits, written in 8
+    parts = [size / heads for size in chunk_sizes(heads, max(chunks, 1)) if size]
+    coming, leaving = [inputs(part) for part in parts], [seconds(q, u, 2, part) for part in parts]
+    total = stats + sum(coming) + sum(leaving)
+    attending = compute_s(facts, tokens, topology, cluster, only_attention=True)
+    waited = waits_s(coming, [attending * part for part in parts], leaving)
+    return total, stats - unseen + waited
+
+
+def waits_s(coming: list[float], attending: list[float], leaving: list[float]) -> float:
+    """Seconds in which nothing attends, from the first chunk's departure to the last one's return.
+
+    As ulysses.Exchange has it: a chunk's operands leave before the chunk ahead attends, its output after; the link does
+    one thing at a time.
+    """
+    now, link, waited, arrival = 0.0, coming[0], 0.0, coming[0]
+    for chunk, attend in enumerate(attending):
+        arrived = arrival
+        if chunk + 1 < len(coming):
+            arrival = link = max(link, now) + coming[chunk + 1]
+        waited += max(0.0, arrived - now)
+        now = max(now, arrived) + attend
+        link = max(link, now) + leaving[chunk]
+    return waited + link - now
 
 
 def compute_s(facts: Facts, tokens: int, topology: Topology, cluster: Cluster, only_attention: bool = False) -> float:

@@ -28,6 +28,25 @@ def ranges(sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(zip((0, *ends[:-1]), ends))
 
 
+def chunk_sizes(heads: int, chunks: int) -> tuple[int, ...]:
+    """Heads of each head chunk: 20 in 5 are 3 5 6 5 1. A chunk has at least one while there are any.
+
+    What is seen of the exchange is the first chunk's operands and the last one's output: the last chunk is one head,
+    the first has a third of what those between have, no less, so that its attention hides the exchange of the second.
+    """
+    sure = min(heads, chunks)
+    weights = [1, *[3] * (chunks - 1)]
+    if chunks > 2:
+        weights[-1] = 0
+    ends = [0, *(round_half_up((heads - sure) * end, sum(weights)) for end in accumulate(weights))]
+    return tuple((chunk < sure) + ends[chunk + 1] - ends[chunk] for chunk in range(chunks))
+
+
+def round_half_up(count: int, over: int) -> int:
+    """count / over, to the nearest whole number."""
+    return (2 * count + over) // (2 * over)
+
+
 @dataclass(frozen=True)
 class Topology:
     """cfg x rows x ulysses ranks, numbered with ulysses innermost, so that the busiest exchange stays inside a node."""
@@ -92,7 +111,7 @@ class Layout:
     def head_chunk(self, column: int, chunk: int, chunks: int) -> tuple[int, int]:
         """The heads of a column that chunk number `chunk` of `chunks` carries; empty when there are too few."""
         start, end = ranges(self.head_sizes)[column]
-        first, last = ranges(split_sizes(end - start, chunks))[chunk]
+        first, last = ranges(chunk_sizes(end - start, chunks))[chunk]
         return start + first, start + last
 
     def check(self) -> "Layout":

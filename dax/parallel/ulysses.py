@@ -11,7 +11,7 @@ from math import prod
 import torch
 
 from dax.parallel.topology import Layout
-from dax.parallel.wire import as_bytes, gather
+from dax.parallel.wire import as_bytes, start_gather
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,15 @@ def shared(backend, sequence, chunks: int = 0, travel=None):
             return None
         per_tile, widest = found
         tiles = [-(-size // travel.token_align) for size in sequence.layout.token_sizes]
-        every = gather(wire, torch.cat([per_tile, widest.unsqueeze(1)], 1), tuple(count + 1 for count in tiles), 1)
-        parts = every.split([count + 1 for count in tiles], 1)  # a rank's tiles, then its range
-        widest = torch.stack([part[:, -1] for part in parts]).amax(0)
-        return torch.cat([part[:, :-1] for part in parts], 1), widest
+        sizes = tuple(count + 1 for count in tiles)  # a rank's tiles, then its range
+        arrive = start_gather(wire, torch.cat([per_tile, widest.unsqueeze(1)], 1), sizes, 1)
+
+        def joined():
+            parts = arrive().split(sizes, 1)
+            widest = torch.stack([part[:, -1] for part in parts]).amax(0)
+            return torch.cat([part[:, :-1] for part in parts], 1), widest
+
+        return joined
 
     def prepare(q, k, v, heads, turn, stats, scale=None):
         operands = travel.prepare(q, k, v, heads, turn, stats, scale)

@@ -5,6 +5,7 @@ under torch.compile. Everything travels as uint8: gloo knows no 8-bit float, and
 """
 
 import time
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -74,12 +75,21 @@ def gather(wire, x: torch.Tensor, sizes: tuple[int, ...], dim: int) -> torch.Ten
     x      this rank's share: sizes[rank] long in `dim`
     sizes  the length of each rank's share
     """
+    return start_gather(wire, x, sizes, dim)()
+
+
+def start_gather(wire, x: torch.Tensor, sizes: tuple[int, ...], dim: int) -> Callable[[], torch.Tensor]:
+    """Start to gather; returns a function that waits and gives the whole."""
     first = x.movedim(dim, 0).contiguous()
     row = prod(first.shape[1:]) * x.element_size()
     part = as_bytes(first)
-    received = wire.issue(part.repeat(wire.ranks), [part.numel()] * wire.ranks, [size * row for size in sizes])
-    joined = wire.wait(received).view(x.dtype).view(sum(sizes), *first.shape[1:])
-    return joined.movedim(0, dim)
+    handle = wire.issue(part.repeat(wire.ranks), [part.numel()] * wire.ranks, [size * row for size in sizes])
+
+    def arrive() -> torch.Tensor:
+        joined = wire.wait(handle).view(x.dtype).view(sum(sizes), *first.shape[1:])
+        return joined.movedim(0, dim)
+
+    return arrive
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:

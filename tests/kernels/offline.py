@@ -1,6 +1,7 @@
 """What kernels can show without a GPU; each part runs in a process of its own, since Triton keeps one driver.
 
     python -m tests.kernels.offline compile    the kernels that the ops' cases launch, for sm_90a, as ptxas sees them
+    python -m tests.kernels.offline tokens     the kernels of different numbers of tokens: they must be the same
     python -m tests.kernels.offline interpret  the Triton kernels, run by Triton's interpreter
 Prints one JSON object a line.
 """
@@ -38,11 +39,78 @@ def arguments(op, case, device="cpu"):
 
 
 def compile_all() -> None:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    from dax.kernels.start import compiled_ahead
+
+    pretend_hopper()
+    seen = set()
+    for name, op in load_ops().items():
+        cases = list(op.cases)
+        for case in COMPILED.get(name) or dict.fromkeys((cases[0], cases[-1])):
+            kernels = []
+            try:
+                with compiled_ahead() as kernels:
+                    op.launch(*on_meta(arguments(op, case)))
+            except Exception as error:
+                said = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+                print(json.dumps({"op": name, "case": case, "failed": said}), flush=True)
+                continue
+            for kernel in map(finished, kernels):
+                if kernel.hash not in seen:
+                    seen.add(kernel.hash)
+                    said = assemble(kernel.asm["ptx"], get_ptxas(90).path)
+                    spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
+                    serial = re.findall(r".*C75(?:10|12|15).*", said)
+                    print(json.dumps({"op": name, "case": case, "kernel": kernel.name, "spilled": spilled,
+                                      "serialized": serial, "assembled": "Used" in said}), flush=True)  # fmt: skip
+
+
+def compile_for_tokens() -> None:
+    """The kernels that each operation needs for different numbers of tokens, by their hash."""
+    import torch
+
+    from dax.kernels import (
+        attention_int8,
+        gated_residual,
+        norm_modulate,
+        qk_norm_rope,
+        qk_quantize,
+        quantize,
+        scaled_linear,
+        token_stats,
+        v_quantize,
+    )
+    from dax.kernels.start import compiled_ahead
+
+    pretend_hopper()
+    ops = load_ops()
+    cases = {
+        "attention_int8": lambda s: attention_int8.case(1, s, s, 2, 128),
+        "gated_residual": lambda s: gated_residual.case(1, s, 384, 1),
+        "norm_modulate_quantize": lambda s: norm_modulate.case(1, s, 384, 1, torch.int8),
+        "qk_norm_rope": lambda s: qk_norm_rope.case(1, s, 2, 128, fused=True),
+        "q_quantize": lambda s: qk_quantize.q_case(1, s, 2, 128, fused=True),
+        "k_quantize": lambda s: qk_quantize.k_case(1, s, 2, 128),
+        "quantize_rows": lambda s: quantize.case(s, 384, torch.int8),
+        "scaled_linear": lambda s: scaled_linear.case((1, s, 384), 256, torch.int8),
+        "token_means": lambda s: token_stats.case(1, s, 2, 128, fused=True),
+        "v_quantize": lambda s: v_quantize.case(1, s, 2, 128, fused=True),
+    }
+    for name, case in cases.items():
+        for tokens in (1, 128, 201):
+            with compiled_ahead() as kernels:
+                ops[name].launch(*on_meta(case(tokens)(torch.Generator().manual_seed(0), "cpu")))
+            print(json.dumps({"op": name, "kernels": [finished(kernel).hash for kernel in kernels]}), flush=True)
+
+
+def pretend_hopper() -> None:
+    """From here on Triton compiles for an H100 that is not there, and loads nothing."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.runtime.jit import JITFunction
+
+    import dax.kernels.start
 
     class NoDriver:
         get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
@@ -52,33 +120,21 @@ def compile_all() -> None:
 
     triton.runtime.driver.set_active(NoDriver())
     torch.cuda.device_of = lambda x: contextlib.nullcontext()
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.set_device = lambda device: None
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.get_device_properties = lambda device=None: type("Properties", (), {"multi_processor_count": 132})
-    seen = {}
+    dax.kernels.start.load = lambda kernel: None
 
-    def compile_only(self, *args, grid, warmup=False, right=JITFunction.run, **options):
-        kernel = right(self, *args, grid=grid, warmup=True, **options)
-        seen[kernel.hash] = (self.fn.__name__, kernel)
-        return kernel
 
-    JITFunction.run = compile_only
-    for name, op in load_ops().items():
-        cases = list(op.cases)
-        for case in COMPILED.get(name) or dict.fromkeys((cases[0], cases[-1])):
-            before = set(seen)
-            given = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments(op, case)]
-            try:
-                op.launch(*given)
-            except Exception as error:
-                said = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-                print(json.dumps({"op": name, "case": case, "failed": said}), flush=True)
-            for key in set(seen) - before:
-                kernel_name, kernel = seen[key]
-                said = assemble(kernel.asm["ptx"], get_ptxas(90).path)
-                spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
-                serial = re.findall(r".*C75(?:10|12|15).*", said)
-                print(json.dumps({"op": name, "case": case, "kernel": kernel_name, "spilled": spilled,
-                                  "serialized": serial, "assembled": "Used" in said}), flush=True)  # fmt: skip
+def on_meta(given) -> list:
+    import torch
+
+    return [x.to("meta") if isinstance(x, torch.Tensor) else x for x in given]
+
+
+def finished(kernel):
+    return kernel.result() if hasattr(kernel, "result") else kernel
 
 
 def assemble(ptx: str, ptxas: str) -> str:
@@ -151,4 +207,4 @@ def poisoned():
 
 
 if __name__ == "__main__":
-    {"compile": compile_all, "interpret": interpret}[sys.argv[1]]()
+    {"compile": compile_all, "tokens": compile_for_tokens, "interpret": interpret}[sys.argv[1]]()

@@ -79,6 +79,17 @@ def test_compiled_for_hopper(offline):
         assert "failed" not in row and row["assembled"] and row["spilled"] <= allowed and not row["serialized"], row
 
 
+@NEEDS_TRITON
+def test_a_kernel_serves_any_number_of_tokens(offline):
+    """Else a first call would compile again what `compiled_ahead` had compiled for a few tokens."""
+    needed = {}
+    for row in offline("tokens"):
+        needed.setdefault(row["op"], []).append(row["kernels"])
+    assert len(needed) == 10
+    for op, kernels in needed.items():
+        assert kernels[0] and kernels[0] == kernels[1] == kernels[2], op
+
+
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_traced(name, case):
     """The shapes and dtypes that torch.compile is told are those of the reference."""

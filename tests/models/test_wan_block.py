@@ -205,3 +205,26 @@ def test_pefts_own_adapter_on_8_bits(random_pipe):
         assert "self-attention in 0 of 2 blocks, cross-attention in 0 of 2" in engine.summary()
         transformer.disable_adapters()
         assert torch.equal(velocity(transformer), without)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_first_forward_compiles_nothing(monkeypatch, fused):
+    """What `optimize` compiled on a few tokens is what runs, at an odd number of them and for two videos too."""
+    from triton import knobs
+
+    from dax.facts import FACTS
+    from dax.models.wan import build_random
+
+    facts = FACTS["wan2.1-t2v-1.3b"]
+    transformer = build_random(facts, "cuda", num_layers=1)
+    with dax.optimize(transformer, "balanced", blocks={"fused": fused}):
+        compiled = []
+        monkeypatch.setattr(knobs.compilation, "listener", lambda *, src, **_: compiled.append(src.name))
+        for videos, frames in ((1, 3), (2, 1)):
+            latents = torch.randn(videos, 16, frames, 10, 14, device="cuda", dtype=torch.bfloat16)
+            text = torch.randn(videos, 512, facts.text_dim, device="cuda", dtype=torch.bfloat16)
+            with torch.no_grad():
+                out = transformer(latents, torch.full((videos,), 500.0, device="cuda"), text).sample
+            assert out.isfinite().all()
+    assert compiled == []

@@ -100,6 +100,73 @@ def delayed(S, H, chunks, attend_s, exchange_s):
     return time.perf_counter() - start, wire.busy_s, wire.exposed_s
 
 
+class VirtualTime:
+    """A clock that only moves when somebody sleeps."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def schedule(H, chunks, attend_s, exchange_s, latency_s):
+    """(seconds that nothing attends on such a link, the same by the planner's arithmetic), on a clock without noise.
+
+    exchange_s   of q, k, v or o, whole
+    """
+    from dax.parallel import wire as module
+    from dax.parallel.planner import waits_s
+    from dax.parallel.topology import chunk_sizes
+
+    S, D, clock, inner = 32, 4, VirtualTime(), Wire(dist.group.WORLD)
+    leaving = S * H * D * 4 / inner.ranks * (inner.ranks - 1) / inner.ranks
+    heads = H // inner.ranks
+    q, k, v = qkv(1, S, H, D)
+
+    def attend(operands, num_keys, scale):
+        clock.sleep(attend_s * operands[0].shape[2] / heads)
+        return operands[0]
+
+    with mock.patch.object(module, "time", clock):
+        wire = DelayedWire(inner, leaving / exchange_s, latency_s)
+        sequence = sequence_of(wire, S, H, inner.ranks, 1)
+        backend = shared(replace(backend_of("sdpa"), attend=attend), sequence, chunks)
+        attend_with(backend, *(sequence.shard(x, 1) for x in (q, k, v)))
+    parts = [size / heads for size in chunk_sizes(heads, chunks)]
+    leave = [latency_s + exchange_s * part for part in parts]
+    arithmetic = waits_s([3 * each for each in leave], [attend_s * part for part in parts], leave)
+    return clock.now - attend_s, arithmetic
+
+
+def order_of_int8():
+    """What happens until 8-bit operands are made, in order."""
+    from dax.attention import int8
+
+    events, inner = [], Wire(dist.group.WORLD)
+    backend = backend_of("int8")
+    q, k, v = qkv(1, 384, 2, 64, torch.bfloat16)
+    sequence = sequence_of(inner, 384, 2, inner.ranks, 1, backend.token_align)
+    q, k, v = (sequence.shard(x, 1).flatten(2) for x in (q, k, v))
+
+    def noted(name, call):
+        def run(*args):
+            events.append(name)
+            return call(*args)
+
+        return run
+
+    inner.issue, inner.wait = noted("issue", inner.issue), noted("wait", inner.wait)
+    quantize = {name: noted(name, getattr(int8, name)) for name in ("Q_QUANTIZE", "K_QUANTIZE", "V_QUANTIZE")}
+    with mock.patch.multiple(int8, **quantize):
+        way = shared(backend, sequence)
+        way.prepare(q, k, v, 2, Turn(), way.stats(k, v, 2, Turn()))
+    return events
+
+
 def vae_decode(columns, residual=False):
     """(relative difference of the split decode to the whole one, layers split, whether undo gave the VAE back)."""
     from dax.edits import Edits

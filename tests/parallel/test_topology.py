@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dax.errors import DaxError
-from dax.parallel.topology import Layout, Topology, complete, ranges, split_sizes, topologies
+from dax.parallel.topology import Layout, Topology, chunk_sizes, complete, ranges, split_sizes, topologies
 
 
 @given(st.integers(0, 5000), st.integers(1, 40), st.sampled_from((1, 8, 64, 128)))
@@ -31,6 +31,20 @@ def test_head_chunks_cover_every_head_once(heads, ulysses, chunks):
         for head in range(*layout.head_chunk(column, chunk, chunks))
     ]
     assert carried == list(range(heads))
+
+
+@given(st.integers(1, 48), st.integers(1, 8))
+def test_the_first_and_the_last_head_chunk_are_small(heads, chunks):
+    """What travels unseen by attention is theirs; no chunk with heads comes after one without."""
+    sizes = chunk_sizes(heads, chunks)
+    assert sum(sizes) == heads and [bool(size) for size in sizes] == [chunk < heads for chunk in range(chunks)]
+    if heads >= chunks > 2:
+        between = sizes[1:-1]
+        assert sizes[-1] == 1 and sizes[0] <= max(between) and max(between) - min(between) <= 1
+
+
+def test_head_chunks_of_wan():
+    assert chunk_sizes(20, 5) == (3, 5, 6, 5, 1) and chunk_sizes(20, 1) == (20,) and chunk_sizes(5, 5) == (1,) * 5
 
 
 def test_ranks_are_numbered_with_head_groups_innermost():

@@ -94,3 +94,16 @@ def test_head_chunks_are_admitted_only_where_they_pay(ranks):
 
     assert any(pay() for _ in range(ATTEMPTS))
     assert any(admitted(0.01, 1e-6, 0.002)[0] == 0 for _ in range(ATTEMPTS))
+
+
+@pytest.mark.parametrize("chunks", (1, 2, 3, 5))
+@pytest.mark.parametrize("link", ((0.1, 0.0), (0.1, 0.02), (0.6, 0.01)), ids=("fast", "latency", "slow"))
+def test_the_planner_knows_what_is_hidden(ranks, chunks, link):
+    """Its arithmetic and the real order of work come to one time, on a clock that only links and attention move."""
+    for seen, arithmetic in ranks(2).run(tasks.schedule, 24, chunks, 1.0, *link):
+        assert seen == pytest.approx(arithmetic, rel=1e-6)
+
+
+def test_queries_are_quantised_while_the_statistics_travel(ranks):
+    for events in ranks(2).run(tasks.order_of_int8):
+        assert events == ["issue", "Q_QUANTIZE", "wait", "K_QUANTIZE", "V_QUANTIZE", "issue"]

@@ -1,10 +1,12 @@
-"""What every 8-bit scheme does to the tiny Wan: latents, pixels and the judge against stock, beside the noise floor.
+"""What every 8-bit scheme and step plan does to the tiny Wan: latents, pixels and the judge against stock, beside the
+noise floor.
 
     python -m training.tiny_wan.schemes --out benchmarks/schemes.json [--match static]
 
 Held-out captions, 50 steps with guidance, bf16 transformer; the text encoder and the VAE stay fp32. The reference is
 stock diffusers eager; the noise floor is the preset `exact`, which rounds elsewhere and no more. Static scales are
-calibrated on captions of the training world. Rows are added to those the file has already. Minutes on a GPU.
+calibrated on captions of the training world, step plans are those that ship. Rows are added to those the file has
+already. Minutes on a GPU.
 """
 
 import argparse
@@ -41,6 +43,9 @@ def variants(scales: str) -> dict[str, dict]:
     found["int8_weight_only"] = {"linear": {"scheme": "int8_weight_only"}}
     found["attention int8"] = {"attention": {"kernel": "int8"}}
     found["balanced"] = {"attention": {"kernel": "int8"}, "linear": {"scheme": "int8"}}
+    for name, kernels in (("exact", {}), ("balanced", found["balanced"])):
+        for share in (0.5, 0.4, 0.33):
+            found[f"{name} at {share:.0%}"] = kernels | {"cache": {"policy": "calibrated", "budget": share}}
     return found
 
 
