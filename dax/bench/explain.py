@@ -50,19 +50,18 @@ def explain(
     found = resolved_plan(asked, facts, machine, strict, ranks, checkpoint)
     cached = step_cache(found, facts, steps, checkpoint)
     resolved, notes, fallbacks = found.plan, list(found.notes), list(found.fallbacks)
-    operations = roofline.forward_operations(
-        facts,
-        **asdict(pixels),
-        gemm_dtype=roofline.LINEAR.get(resolved.linear.scheme, "bf16"),
-        attention_dtype=roofline.ATTENTION.get(resolved.attention.kernel, "bf16"),
-    )
+    dtypes = {
+        "gemm_dtype": roofline.LINEAR.get(resolved.linear.scheme, "bf16"),
+        "attention_dtype": roofline.ATTENTION.get(resolved.attention.kernel, "bf16"),
+    }
+    operations = roofline.forward_operations(facts, **asdict(pixels), **dtypes)
     fused = resolved.compile == "blocks" or resolved.blocks.fused
     parts = [part(op, machine, resolved, fused) for op in operations if op.flops or moved(op, fused)]
     flops = roofline.total(operations)[0]
     forward_s = roofline.seconds(operations, machine, fused) if machine else None
     expected_s = sum(costs.expected_s(op, resolved, machine) for op in operations) if machine else None
-    in_blocks = [op for op in operations if op.count >= facts.num_layers]
-    layer_s = sum(costs.expected_s(op, resolved, machine) for op in in_blocks) / facts.num_layers if machine else None
+    in_blocks = roofline.block_operations(facts, tokens, **dtypes, count=facts.num_layers)
+    layer_s = sum(costs.expected_s(op, resolved, machine) for op in in_blocks) / facts.num_blocks if machine else None
     forwards = sum(cached["computed"].values()) if cached else FORWARDS_PER_STEP * steps
     return {
         "model": facts.name,
