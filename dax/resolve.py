@@ -78,12 +78,7 @@ def resolve(
         joint=plan.cache.policy == "none" or (plan.cache.uncond_every == 1 and plan.cache.drop_uncond == 0),
     )
     notes += said
-    if facts.control_layers and plan.cache.policy != "none" and plan.cache.reuse == "residual":
-        raise DaxError(
-            "bad_request",
-            f"cache.reuse = residual: {facts.name} adds its hints between the blocks, which would run once more or not "
-            "at all; cache.reuse = velocity is right with hints",
-        )
+    check_reuse(plan, facts)
     resolved = plan.model_copy(
         update={
             "attention": plan.attention.model_copy(update={"kernel": kernel}),
@@ -98,6 +93,16 @@ def resolve(
     if strict and fallbacks:
         raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
     return Resolved(resolved.model_copy(update={"cache": cached}), tuple(notes), tuple(fallbacks), scales, calibration)
+
+
+def check_reuse(plan: Plan, facts: Facts) -> None:
+    """DaxError("bad_request") for residuals of a model that adds something between its blocks."""
+    if facts.control_layers and plan.cache.policy != "none" and plan.cache.reuse == "residual":
+        raise DaxError(
+            "bad_request",
+            f"cache.reuse = residual: {facts.name} adds hints between its blocks, and reusing what all blocks add would "
+            "add the first hint once more; set cache.reuse = velocity",
+        )
 
 
 def resolve_linear(linear: Linear, machine: Machine) -> tuple[Linear, Scales | None]:

@@ -156,10 +156,11 @@ def gpu_name() -> str | None:
 
 def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool, ranks: Ranks, checkpoint: str | None):
     """The plan Resolved on that card; where no card is named, as asked but for the step cache, which needs none."""
-    from dax.resolve import Resolved, kernels_of, resolve
+    from dax.resolve import Resolved, check_reuse, kernels_of, resolve
 
     if machine is not None:
         return resolve(asked, facts, machine, strict, checkpoint=checkpoint, ranks=ranks)
+    check_reuse(asked, facts)
     cache, calibration, notes, fallbacks = resolve_cache(asked.cache, facts.name, checkpoint, kernels_of(asked))
     plan = asked.model_copy(update={"cache": cache})
     return Resolved(plan, tuple(notes), tuple(fallbacks), calibration=calibration)

@@ -137,7 +137,7 @@ def test_a_step_cache_reuses_whole_velocities_hints_included(pipe):
 
 
 def test_residual_reuse_is_refused_by_name(pipe):
-    with pytest.raises(DaxError, match="cache.reuse = residual: wan-vace-3x64 adds its hints between the blocks"):
+    with pytest.raises(DaxError, match="cache.reuse = residual: wan-vace-3x64 adds hints between its blocks"):
         dax.optimize(pipe, cache={"policy": "mask", "mask": "1011", "reuse": "residual"})
 
 
