@@ -100,8 +100,8 @@ def check_reuse(plan: Plan, facts: Facts) -> None:
     if facts.control_layers and plan.cache.policy != "none" and plan.cache.reuse == "residual":
         raise DaxError(
             "bad_request",
-            f"cache.reuse = residual: {facts.name} adds hints between its blocks, and reusing what all blocks add would "
-            "add the first hint once more; set cache.reuse = velocity",
+            f"cache.reuse = residual: {facts.name} adds hints between its blocks, which reusing what all blocks add "
+            "would count twice; set cache.reuse = velocity",
         )
 
 
