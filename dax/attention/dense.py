@@ -15,16 +15,28 @@ from dax.hardware import machine
 from dax.kernels.qk_norm_rope import QK_NORM_ROPE
 
 
+TORCHS_OWN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def sdpa(q, k, v, scale=None):
-    """torch's own choice of kernel."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    """torch's choice of its own kernels: FlashAttention 2 in 16 bits. cuDNN's, which some versions prefer, is an entry
+    of its own: two names of one kernel could not be held against each other.
+    """
+    if not q.is_cuda:
+        return chosen(q, k, v, scale)
+    with sdpa_kernel(TORCHS_OWN):
+        return chosen(q, k, v, scale)
 
 
 def cudnn(q, k, v, scale=None):
     """cuDNN's fused attention, and nothing else: torch raises where cuDNN does not take the shape."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa(q, k, v, scale)
+        return chosen(q, k, v, scale)
+
+
+def chosen(q, k, v, scale):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 @torch.library.custom_op("dax::flash_attention", mutates_args=())

@@ -50,7 +50,6 @@ def run_ranks(task: Callable, args: tuple, count: int):
             monitor_interval=0.1,
             start_method="spawn",
             signals_to_handle="SIGTERM,SIGINT",
-            shutdown_timeout=3,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         board = Board(Path(folder) / "board", count)
