@@ -205,6 +205,7 @@ def controlled(layers) -> dict[str, Any]:
     }
 
 
+EVERY_FIFTH = controlled(range(0, 40, 5))
 TI2V = {"in_channels": 48, "out_channels": 48, "vae_spatial": 16, "token_time": True, "family": "wan-ti2v"}
 FACTS = {
     facts.name: facts
@@ -216,15 +217,7 @@ FACTS = {
         image_to_video("wan2.1-i2v-14b-720p", Defaults(720, 1280, 81, steps=40, flow_shift=5.0)),
         image_to_video("wan2.1-flf2v-14b-720p", Defaults(720, 1280, 81, flow_shift=16.0), num_images=2),
         Facts("wan2.1-vace-1.3b", 30, 12, 128, 8960, Defaults(480, 832, 81), **controlled(range(0, 30, 2))),
-        Facts(
-            "wan2.1-vace-14b",
-            40,
-            40,
-            128,
-            13824,
-            Defaults(720, 1280, 81, flow_shift=5.0),
-            **controlled(range(0, 40, 5)),
-        ),
+        Facts("wan2.1-vace-14b", 40, 40, 128, 13824, Defaults(720, 1280, 81, flow_shift=5.0), **EVERY_FIFTH),
         Facts("wan2.2-ti2v-5b", 30, 24, 128, 14336, Defaults(704, 1280, 121, flow_shift=5.0, fps=24), **TI2V),
     )
 }
