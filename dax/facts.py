@@ -5,6 +5,7 @@ refuses every family DAX does not know, before a weight is read.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -14,11 +15,13 @@ from dax.errors import DaxError, nearest
 SUPPORTED = (
     "Wan2.1 text-to-video (WanPipeline with one 16-channel WanTransformer3DModel), image-to-video and "
     "first-last-frame (WanImageToVideoPipeline with 36 channels and image tokens), Wan2.2 TI2V-5B (either pipeline "
-    "with 48 channels and expand_timesteps), Wan2.1 VACE (WanVACEPipeline with one WanVACETransformer3DModel)"
+    "with 48 channels and expand_timesteps), Wan2.2 A14B (either, with two experts, a boundary_ratio and no image "
+    "tokens), Wan2.1 VACE (WanVACEPipeline with one WanVACETransformer3DModel)"
 )
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
 COMPONENTS = {  # of a pipeline folder: library, classes
     "transformer": ("diffusers", "WanTransformer3DModel"),
+    "transformer_2": ("diffusers", "WanTransformer3DModel"),
     "vae": ("diffusers", "AutoencoderKLWan"),
     "text_encoder": ("transformers", "UMT5EncoderModel"),
     "tokenizer": ("transformers", "T5Tokenizer(Fast)?"),
@@ -43,6 +46,7 @@ class Defaults:
     num_frames: int
     steps: int = 50
     guidance_scale: float = 5.0
+    guidance_scale_2: float | None = None  # of the second expert, where there are two
     flow_shift: float = 3.0
     fps: int = 16
 
@@ -56,6 +60,8 @@ class Facts:
     each image; `image_positions` tells whether they get a position embedding, as first-last-frame has. With
     `token_time` each token has a timestep, and a given first frame stands in the latents at timestep 0.
     `control_layers` of VACE are the blocks after which a hint is added, each hint from a control block of its own.
+    With a `boundary_ratio` there are two experts of these shapes: one for the timesteps from that share of all on, one
+    for those below; else None.
     """
 
     name: str
@@ -81,6 +87,7 @@ class Facts:
     token_time: bool = False
     control_layers: tuple[int, ...] = ()
     control_channels: int = 0
+    boundary_ratio: float | None = None
     full_precision: tuple[str, ...] = ("condition_embedder", "proj_out")  # linear layers that 8 bits leave alone
     family: str = "wan-t2v"
     pipeline_class: str = "WanPipeline"
@@ -98,10 +105,22 @@ class Facts:
 
     @property
     def num_images(self) -> int:
-        """Images the pipeline is given: none, the first frame, or the first and the last."""
+        """Images a clip starts from: none, the first frame, or the first and the last."""
         if self.token_time:
             return int(self.pipeline_class == "WanImageToVideoPipeline")
-        return self.image_tokens // CLIP_TOKENS
+        return max(self.image_tokens // CLIP_TOKENS, int(self.in_channels > self.out_channels))
+
+    @property
+    def num_experts(self) -> int:
+        """Transformers that share the loop."""
+        return 1 if self.boundary_ratio is None else 2
+
+    def expert_steps(self, timesteps: Sequence[float], train_steps: int = 1000) -> tuple[int, ...]:
+        """How many of a loop's steps each expert takes, by the timesteps of a scheduler trained on `train_steps`."""
+        if self.boundary_ratio is None:
+            return (len(timesteps),)
+        first = sum(t >= self.boundary_ratio * train_steps for t in timesteps)  # they fall
+        return first, len(timesteps) - first
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
         """(channels, frames, rows, columns) of what the transformer is given: the latent video, and its condition."""
@@ -207,6 +226,19 @@ def controlled(layers) -> dict[str, Any]:
 
 EVERY_FIFTH = controlled(range(0, 40, 5))
 TI2V = {"in_channels": 48, "out_channels": 48, "vae_spatial": 16, "token_time": True, "family": "wan-ti2v"}
+WITHOUT_IMAGE_TOKENS = {  # channels: what Wan2.2 is
+    16: {"family": "wan2.2-t2v"},
+    36: {"family": "wan2.2-i2v", "in_channels": 36, "pipeline_class": "WanImageToVideoPipeline"},
+    48: TI2V,
+}
+
+
+def a14b(name: str, defaults: Defaults, boundary_ratio: float, channels: int) -> Facts:
+    """Wan2.2 with two experts, each of Wan2.1 14B's shapes."""
+    kind = WITHOUT_IMAGE_TOKENS[channels]
+    return Facts(name, 40, 40, 128, 13824, defaults, boundary_ratio=boundary_ratio, **kind)
+
+
 FACTS = {
     facts.name: facts
     for facts in (
@@ -219,6 +251,18 @@ FACTS = {
         Facts("wan2.1-vace-1.3b", 30, 12, 128, 8960, Defaults(480, 832, 81), **controlled(range(0, 30, 2))),
         Facts("wan2.1-vace-14b", 40, 40, 128, 13824, Defaults(720, 1280, 81, flow_shift=5.0), **EVERY_FIFTH),
         Facts("wan2.2-ti2v-5b", 30, 24, 128, 14336, Defaults(704, 1280, 121, flow_shift=5.0, fps=24), **TI2V),
+        a14b(
+            "wan2.2-t2v-a14b",
+            Defaults(720, 1280, 81, steps=40, guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0),
+            boundary_ratio=0.875,
+            channels=16,
+        ),
+        a14b(
+            "wan2.2-i2v-a14b",
+            Defaults(720, 1280, 81, steps=40, guidance_scale=3.5, guidance_scale_2=3.5, flow_shift=5.0),
+            boundary_ratio=0.9,
+            channels=36,
+        ),
     )
 }
 
@@ -230,16 +274,21 @@ def facts_named(name: str) -> Facts:
     return FACTS[name]
 
 
-def facts_from_config(model_index: dict | None, transformer_config: dict, flow_shift: float | None = None) -> Facts:
+def facts_from_config(
+    model_index: dict | None,
+    transformer_config: dict,
+    flow_shift: float | None = None,
+    second_config: dict | None = None,
+) -> Facts:
     """Facts of a diffusers folder, from `model_index.json` (None for a bare transformer) and the transformer's config.
 
     A key the config leaves out has the vendor's default, as it has when diffusers loads it.
     flow_shift   of the scheduler, where known: Wan2.1 I2V 480P and 720P are one config, and this alone tells which of
                  them is meant; 480P unless it is that of 720P
+    second_config   of transformer_2, where the index names one: it must be of the same shapes
     DaxError("bad_model") for another family, a variant DAX does not know, or an impossible value.
     """
-    if model_index is not None:
-        check_model_index(model_index)
+    boundary = None if model_index is None else check_model_index(model_index)
     config = check_mapping(transformer_config, "transformer/config.json")
     check_class(config, "transformer/config.json", "WanTransformer3DModel", "WanVACETransformer3DModel")
     if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
@@ -254,17 +303,15 @@ def facts_from_config(model_index: dict | None, transformer_config: dict, flow_s
         return value
 
     image = config.get("image_dim") is not None
-    special = TI2V if config.get("in_channels") == 48 and not image else {}
-    if config["_class_name"] == "WanVACETransformer3DModel":
-        special = control_facts(config, number)
-    for key, known in (("in_channels", 36 if image else 16), ("out_channels", 16)):
-        known = special.get(key, known)
+    control = config["_class_name"] == "WanVACETransformer3DModel"
+    wide = config.get("in_channels") == 48 and not (image or control)  # Wan2.2 TI2V-5B
+    ins = (16,) if control else (36,) if image else (16, 36, 48)
+    for key, known in (("in_channels", ins), ("out_channels", (48,) if wide else (16,))):
         channels = config.get(key, 16)
-        if channels is None and key == "out_channels" and not image:  # the vendor takes in_channels
-            continue
-        if number(key, 16, 4096) != known:
-            why = " without image tokens means Wan2.2 image-to-video" if channels == 36 else ""
-            refuse(f"transformer/config.json: {key} = {channels}{why or ' with image tokens' * image}")
+        if channels is None and key == "out_channels" and config.get("in_channels", 16) in known:
+            continue  # the vendor takes in_channels
+        if number(key, 16, 4096) not in known:
+            refuse(f"transformer/config.json: {key} = {channels}{' with image tokens' * image}")
     patch = config.get("patch_size", [1, 2, 2])
     if not isinstance(patch, list | tuple) or list(patch) != [1, 2, 2]:
         refuse(f"transformer/config.json: patch_size = {patch!r}")
@@ -281,7 +328,8 @@ def facts_from_config(model_index: dict | None, transformer_config: dict, flow_s
         )
     facts = Facts(
         name="",
-        **image_facts(config, number) if image else no_image(config) | special,
+        **kind_of(config, number, boundary),
+        boundary_ratio=boundary,
         num_layers=number("num_layers", 40, 1000),
         num_heads=number("num_attention_heads", 40, 1000),
         head_dim=head_dim,
@@ -301,7 +349,27 @@ def facts_from_config(model_index: dict | None, transformer_config: dict, flow_s
             refuse(f"model_index.json: {pipeline} around a transformer for {facts.pipeline_class}")
         if bool(expanded := model_index.get("expand_timesteps")) != facts.token_time:
             refuse(f"model_index.json: expand_timesteps = {expanded!r} around {facts.in_channels} channels")
+        check_experts(facts, second_config)
     return named(facts, flow_shift)
+
+
+def check_experts(facts: Facts, second_config: dict | None) -> None:
+    """Refuse a pipeline that lacks an expert, or whose two are not of one kind."""
+    if facts.boundary_ratio is None:
+        if facts.in_channels == 36 and not facts.image_tokens:
+            refuse("model_index.json: 36 channels without image tokens take two experts, and it has no boundary_ratio")
+        return
+    if facts.image_tokens or facts.token_time or facts.control_layers:
+        refuse(f"model_index.json: boundary_ratio = {facts.boundary_ratio} around {facts.family}")
+    if second_config is None:
+        raise DaxError("bad_model", "transformer_2/config.json: missing: one expert is not enough")
+    alone = replace(facts, boundary_ratio=None)
+    try:
+        second = facts_from_config(None, second_config)
+    except DaxError as error:
+        raise DaxError(error.code, str(error).replace("transformer/", "transformer_2/", 1)) from None
+    if replace(alone, name="", family="", defaults=second.defaults) != replace(second, name="", family=""):
+        raise DaxError("bad_model", "transformer_2/config.json: not of the shapes of transformer/config.json")
 
 
 def flow_shift_of(scheduler_config: Any) -> float | None:
@@ -324,6 +392,13 @@ def named(facts: Facts, flow_shift: float | None) -> Facts:
     return replace(facts, name=f"{facts.family}-{facts.num_layers}x{facts.width}")
 
 
+def kind_of(config: dict, number, boundary_ratio: float | None) -> dict[str, Any]:
+    """What tells a member of the family from plain text-to-video, as facts."""
+    if config["_class_name"] == "WanVACETransformer3DModel":
+        return control_facts(config, number)
+    return no_image(config, boundary_ratio) if config.get("image_dim") is None else image_facts(config, number)
+
+
 def image_facts(config: dict, number) -> dict[str, Any]:
     """What image-to-video adds to the facts. The image's tokens are embedded as wide as the model."""
     width = number("num_attention_heads", 40, 1000) * number("attention_head_dim", 128, 1024)
@@ -342,12 +417,13 @@ def image_facts(config: dict, number) -> dict[str, Any]:
     }
 
 
-def no_image(config: dict) -> dict[str, Any]:
-    """Nothing; refuses a text-to-video transformer with parts of image-to-video."""
+def no_image(config: dict, boundary_ratio: float | None) -> dict[str, Any]:
+    """What no image tokens mean beside two experts or more channels; refuses a transformer that has parts for them."""
     for key in ("added_kv_proj_dim", "pos_embed_seq_len"):
         if config.get(key) is not None:
             refuse(f"transformer/config.json: {key} = {config[key]!r} without image_dim")
-    return {}
+    channels = config.get("in_channels", 16)
+    return WITHOUT_IMAGE_TOKENS[channels] if boundary_ratio is not None or channels in (36, 48) else {}
 
 
 def control_facts(config: dict, number) -> dict[str, Any]:
@@ -367,20 +443,23 @@ def control_facts(config: dict, number) -> dict[str, Any]:
     return controlled(layers)
 
 
-def check_model_index(model_index: dict) -> None:
-    """Refuse a pipeline that is not plain Wan2.1 or names a foreign class, by its index alone."""
+def check_model_index(model_index: dict) -> float | None:
+    """The boundary_ratio of an index. Refuses a pipeline DAX does not know, and foreign classes, by the index alone."""
     index = check_mapping(model_index, "model_index.json")
     check_class(index, "model_index.json", *PIPELINES)
+    second, boundary = index.get("transformer_2") not in (None, [None, None]), index.get("boundary_ratio")
+    if second != (boundary is not None):
+        named_so = f"transformer_2 = {index.get('transformer_2')!r} and boundary_ratio = {boundary!r}"
+        refuse(f"model_index.json: {named_so}: two experts need both")
+    if boundary is not None and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
+        raise DaxError("bad_model", f"model_index.json: boundary_ratio = {boundary!r} must be a number from 0 to 1")
     components = COMPONENTS | OWN_COMPONENTS.get(index["_class_name"], {})
     for key, value in index.items():
         if key.startswith("_"):
             continue
-        if key == "transformer_2" and value not in (None, [None, None]):
-            refuse("model_index.json: transformer_2 means Wan2.2 with two experts")
-        if key == "boundary_ratio" and value is not None:
-            refuse(f"model_index.json: boundary_ratio = {value!r} means Wan2.2 with two experts")
         if isinstance(value, list) and value != [None, None] or key in components and value is not None:
             check_component(key, value, *components.get(key, ("", "")))
+    return boundary
 
 
 def check_component(name: str, value: Any, library: str, classes: str) -> None:

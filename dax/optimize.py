@@ -45,7 +45,7 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     transformer = target.transformers[0]
     here = machine(device_of(transformer))
     dtype = str(transformer.dtype).removeprefix("torch.")
-    checkpoint = None if wanted.cache.policy == "none" else checkpoint_of(transformer)
+    checkpoint = None if wanted.cache.policy == "none" else checkpoint_of(target)
     ranks = ranks_here(guided=target.pipe is not None)
     resolved = resolve(wanted, target.facts, here, strict, dtype, checkpoint, ranks)
     if resolved.plan.blocks.fused:
@@ -64,7 +64,9 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
         raise
     OPTIMIZED.update(target.transformers)
     if gate is not None:
-        changes.append(Change("cache.policy", resolved.plan.cache.policy, "transformers", 1, 1))
+        changes.append(
+            Change("cache.policy", resolved.plan.cache.policy, "transformers", *[len(target.transformers)] * 2)
+        )
     return Engine(target, resolved, changes, edits, gate)
 
 
@@ -75,11 +77,13 @@ def apply(
 
     measure   let ranks time whether hiding their exchange pays here; the plan that comes back says what was found
     """
+    from dax.cache.gate import position
     from dax.compile import apply_compile
     from dax.models.text_memory import remember_text
     from dax.models.token_time import apply_token_time
     from dax.models.wan import WanProcessor
     from dax.models.wan_block import apply_blocks, compile_kernels
+    from dax.offload import apply_turns, bring_together
 
     plan = resolved.plan
     total, kernel = len(target.blocks()), plan.attention.kernel
@@ -97,10 +101,15 @@ def apply(
 
         counts = apply_linear(target, target.facts, plan.linear, edits, resolved.scales)
         changes += [Change("linear.scheme", scheme, "linear layers", count, count) for scheme, count in counts.items()]
+    if moved := bring_together(target, plan.offload, edits):
+        changes.append(Change("offload", plan.offload, "tensors of transformer_2 moved beside the first", moved, moved))
     if plan.blocks.fused:
         changes.append(Change("blocks.fused", "true", "transformer blocks", apply_blocks(target, edits), total))
     if machine.device == "cuda":
         compile_kernels(target)
+    if plan.offload == "experts":
+        count = apply_turns(target, position, edits)
+        changes.append(Change("offload", "experts", "pairs of blocks that take turns", count, total // 2))
     if num_ranks() > 1:
         from dax.parallel.apply import apply_parallel
 
@@ -118,25 +127,25 @@ def apply(
     return changes, resolved
 
 
-def checkpoint_of(transformer) -> str:
+def checkpoint_of(target) -> str:
     from dax.models.wan_steps import checkpoint_digest
 
-    return checkpoint_digest(transformer)
+    return checkpoint_digest(*target.transformers)
 
 
 def gate_of(resolved: Resolved, target, checkpoint: str | None, edits: Edits):
-    """The step cache's gate before the transformer, outside everything else; None if the plan has no cache."""
+    """The step cache's gate before the transformers, outside everything else; None if the plan has no cache."""
     plan = resolved.plan
     if plan.cache.policy == "none":
         return None
     from dax.cache.gate import apply_cache
     from dax.models.wan_steps import time_embeddings
 
-    (transformer,) = target.transformers
-    make = maker(plan.cache, resolved.calibration, target.facts.name, partial(time_embeddings, transformer))
+    transformers = target.transformers
+    make = maker(plan.cache, resolved.calibration, target.facts, partial(time_embeddings, transformers[0]))
     residual = plan.cache.reuse == "residual"
     return apply_cache(
-        transformer, target.pipe, make, edits, residual=residual, checkpoint=checkpoint, kernels=kernels_of(plan)
+        transformers, target.pipe, make, edits, residual=residual, checkpoint=checkpoint, kernels=kernels_of(plan)
     )
 
 

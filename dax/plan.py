@@ -18,7 +18,7 @@ from dax.plan_file import parse_scalar, read_yaml
 DEFAULT_PRESET = "exact"
 PLANS = Path(__file__).parent / "plans"
 NOT_YET_PRESETS = ()
-NOT_YET_KEYS = ("offload",)  # the whole part; its sub-keys too
+NOT_YET_KEYS = ()  # the whole part; its sub-keys too
 NOT_YET_VALUES = ()
 
 
@@ -118,6 +118,7 @@ class Plan(Part):
     cache: Cache = Cache()
     parallel: Parallel = Parallel()
     compile: Literal["none", "blocks"] = "none"
+    offload: Literal["none", "experts"] = "none"  # experts: the idle one of two waits in host memory
 
     @classmethod
     def load(cls, name_or_path: "str | Path | Plan") -> "Plan":

@@ -49,12 +49,15 @@ def resolve(
     work, and what is known of it. What does not run there falls back to something exact and is named; with `strict` it
     is DaxError("unsupported") instead. 8 bits that do not run there are an error always.
     """
+    check_experts(plan, facts)
     notes, fallbacks, kernel, compiled = [], [], plan.attention.kernel, plan.compile
     linear, scales = resolve_linear(plan.linear, machine)
     fused = plan.blocks.fused
     if fused and (problem := no_kernels(machine)):
         fallbacks.append(f"blocks.fused = true: {problem}; false instead")
         fused = False
+    if plan.offload == "experts" and machine.device == "cpu":
+        notes.append("offload = experts: the device is the host here, so it saves nothing")
     best = attention.choose(machine, dtype, facts.head_dim)
     if kernel == "auto":
         kernel = best
@@ -88,7 +91,9 @@ def resolve(
             "compile": compiled,
         }
     )
-    cached, calibration, more, fell = resolve_cache(plan.cache, facts.name, checkpoint, kernels_of(resolved))
+    cached, calibration, more, fell = resolve_cache(
+        plan.cache, facts.name, checkpoint, kernels_of(resolved), facts.num_experts
+    )
     notes, fallbacks = notes + more, fallbacks + fell
     if strict and fallbacks:
         raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
@@ -103,6 +108,24 @@ def check_reuse(plan: Plan, facts: Facts) -> None:
             f"cache.reuse = residual: {facts.name} adds hints between its blocks, which reusing what all blocks add "
             "would count twice; set cache.reuse = velocity",
         )
+
+
+def check_experts(plan: Plan, facts: Facts) -> None:
+    """DaxError("bad_request") for what takes two experts, or what two cannot have.
+
+    Compiled blocks cannot take turns: weights are changed between their calls. Static scales are one transformer's.
+    """
+    if facts.num_experts == 2 and plan.linear.active and plan.linear.activation == "static":
+        raise DaxError(
+            "bad_request",
+            f"linear.activation = static: scales are of one transformer and {facts.name} has two; set dynamic",
+        )
+    if plan.offload == "none":
+        return
+    if facts.num_experts == 1:
+        raise DaxError("bad_request", f"offload = {plan.offload}: {facts.name} has one transformer; set offload = none")
+    if plan.compile == "blocks":
+        raise DaxError("bad_request", f"offload = {plan.offload} and compile = blocks cannot be combined; keep one")
 
 
 def resolve_linear(linear: Linear, machine: Machine) -> tuple[Linear, Scales | None]:

@@ -161,6 +161,27 @@ def build_vace_pipe(heads: int = 2):
     return pipe
 
 
+def build_expert_pipe(image: bool = False, boundary_ratio: float = 0.875):
+    """A pipeline of the same parts with two experts, of text-to-video or, with 36 channels, of image-to-video."""
+    import diffusers
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    experts = []
+    for seed in (2, 3):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            experts.append(WanTransformer3DModel(**RANDOM_TRANSFORMER | {"in_channels": 36 if image else 16}))
+            with torch.no_grad():
+                louder(experts[-1])
+            experts[-1].eval().requires_grad_(False)
+    parts = {name: part for name, part in build_random_pipe().components.items() if "transformer" not in name}
+    kind = getattr(diffusers, "WanImageToVideoPipeline" if image else "WanPipeline")
+    pipe = kind(**parts, transformer=experts[0], transformer_2=experts[1], boundary_ratio=boundary_ratio)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def louder(transformer) -> list:
     """Gates near 1, sharp attention, strong residuals: a part that is wrong shows. Returns the cross-attentions."""
     for block in (*transformer.blocks, *getattr(transformer, "vace_blocks", ())):

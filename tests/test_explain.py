@@ -165,3 +165,34 @@ def test_8_bit_linears_and_fused_blocks_are_told():
     assert balanced["video"]["seconds_at_least"] < 0.6 * exact["video"]["seconds_at_least"]
     with pytest.raises(DaxError, match="'blocks.99' matches no linear layer"):
         ask(sets=["linear.rules.blocks.99=int8"])
+
+
+def test_two_experts_share_loop_and_memory():
+    """Both in 8 bits at 720p: with text encoder (10.6 GiB in bf16) and VAE (0.5) within 45 GiB."""
+    exact, small = ask("wan2.2-t2v-a14b"), ask("wan2.2-t2v-a14b", "balanced")
+    one = ask("wan2.1-t2v-14b", "balanced")
+    assert small["parameters"] == one["parameters"] and small["parts"] == one["parts"]
+    assert small["experts"]["steps"] == [26, 14] and small["experts"]["forwards"] == [52, 28]
+    assert small["experts"]["device_weights_gib"] == pytest.approx(2 * one["weights_gib"])
+    assert exact["device_gib"] > 53 and small["device_gib"] + 10.6 + 0.5 < 45
+    assert small["changes"][0] == "attention.kernel = int8: 80 self-attention layers"
+    assert "two experts: 26 steps down to the boundary at 0.875, then 14; 52 and 28 forwards" in text(small)
+    idle = ask("wan2.2-t2v-a14b", "balanced", ["offload=experts"])
+    assert idle["experts"]["host_weights_gib"] == pytest.approx(2 * 13.1, abs=0.05)
+    assert idle["device_gib"] == pytest.approx(one["device_gib"] + 0.49, abs=0.01)
+    assert one["experts"] is None
+    assert one["device_gib"] == pytest.approx(one["weights_gib"] + one["activations_gib"] + 0.78, abs=0.01)
+    masked = ask("wan2.2-i2v-a14b", None, ["cache.policy=mask", f"cache.mask=1{39 * '0'}"])
+    first = masked["experts"]["steps"][0]
+    assert masked["step_cache"]["cond"] == "1" + (first - 1) * "0" + "1" + (39 - first) * "0"
+    assert masked["experts"]["forwards"] == [2, 2] and masked["video"]["forwards"] == 4
+
+
+def test_what_two_experts_cannot_have_is_refused():
+    for model, sets, says in (
+        ("wan2.2-i2v-a14b", ["cache.policy=magcache"], "nothing is published or calibrated for wan2.2-i2v-a14b"),
+        ("wan2.1-t2v-14b", ["offload=experts"], "wan2.1-t2v-14b has one transformer"),
+        ("wan2.2-t2v-a14b", ["offload=experts", "compile=blocks"], "cannot be combined"),
+    ):
+        with pytest.raises(DaxError, match=says):
+            ask(model, None, sets)

@@ -31,7 +31,16 @@ VACE_INDEX = {key: value for key, value in INDEX.items() if key != "expand_times
     "_class_name": "WanVACEPipeline",
     "transformer": ["diffusers", "WanVACETransformer3DModel"],
 }
-INDICES = {"wan-t2v": INDEX, "wan-i2v": I2V_INDEX, "wan-ti2v": TI2V_INDEX, "wan-vace": VACE_INDEX}
+SECOND = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
+EXPERTS = INDEX | SECOND | {"boundary_ratio": 0.875}
+INDICES = {
+    "wan-t2v": INDEX,
+    "wan-i2v": I2V_INDEX,
+    "wan-ti2v": TI2V_INDEX,
+    "wan-vace": VACE_INDEX,
+    "wan2.2-t2v": EXPERTS,
+    "wan2.2-i2v": EXPERTS | {"_class_name": "WanImageToVideoPipeline", "boundary_ratio": 0.9},
+}
 IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 384}
 
 
@@ -49,7 +58,8 @@ def test_counts_equal_the_vendors_modules(name):
     assert len(model.blocks) == facts.num_layers
     assert (model.blocks[0].attn1.heads, model.blocks[0].attn1.inner_dim) == (facts.num_heads, facts.width)
     config = {"_class_name": facts.transformer_class} | dict(model.config)
-    assert facts_from_config(INDICES[facts.family], config, facts.defaults.flow_shift) == facts
+    second = config if facts.num_experts == 2 else None
+    assert facts_from_config(INDICES[facts.family], config, facts.defaults.flow_shift, second) == facts
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     assert sorted(facts.linear_layers()) == sorted(linears)
 
@@ -63,6 +73,7 @@ def test_sizes_in_words():
     assert FACTS["tiny"].size_multiple == 16
     assert round(FACTS["wan2.1-i2v-14b-480p"].num_parameters / 1e9, 1) == 16.4
     assert [FACTS[name].num_images for name in ("tiny", "wan2.1-i2v-14b-720p", "wan2.1-flf2v-14b-720p")] == [0, 1, 2]
+    assert [FACTS[f"wan2.2-{name}-a14b"].num_images for name in ("t2v", "i2v")] == [0, 1]
 
 
 def test_tokens_equal_the_vendors(random_pipe):
@@ -203,6 +214,10 @@ FOREIGN = {
     "vace of other channels": (VACE_INDEX, VACE | {"vace_in_channels": 64}),
     "vace with image tokens": (VACE_INDEX, VACE | {"image_dim": 1280}),
     "vace of 48 channels": (VACE_INDEX, VACE | {"in_channels": 48}),
+    "wan2.2 t2v pipeline, i2v inside": (EXPERTS, {"in_channels": 36}),
+    "two experts with image tokens": (I2V_INDEX | SECOND | {"boundary_ratio": 0.9}, IMAGE),
+    "two experts of 48 channels": (EXPERTS | {"expand_timesteps": True}, {"in_channels": 48, "out_channels": 48}),
+    "vace with two experts": (VACE_INDEX | SECOND | {"boundary_ratio": 0.9}, VACE),
     "other norm": (INDEX, {"qk_norm": "layer_norm"}),
     "other patch": (INDEX, {"patch_size": [1, 1, 1]}),
 }
@@ -215,3 +230,28 @@ def test_other_families_are_refused_from_config_alone(case):
     with pytest.raises(DaxError, match="supported: Wan2.1 text-to-video") as caught:
         facts_from_config(index, config_of("tiny") | difference)
     assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
+
+
+def test_experts_of_other_shapes_or_none_are_refused():
+    config = config_of("tiny")
+    assert facts_from_config(EXPERTS, config, None, config).name == "wan2.2-t2v-4x384"
+    for second, says in (
+        (None, "transformer_2/config.json: missing: one expert is not enough"),
+        (config | {"num_layers": 3}, "transformer_2/config.json: not of the shapes of transformer/config.json"),
+        (config | {"num_layers": 0}, "transformer_2/config.json: num_layers = 0"),
+    ):
+        with pytest.raises(DaxError, match=says):
+            facts_from_config(EXPERTS, config, None, second)
+    with pytest.raises(DaxError, match="model_index.json: transformer_2 = ..os', 'system'.: not supported"):
+        facts_from_config(EXPERTS | {"transformer_2": ["os", "system"]}, config, None, config)
+    for ratio in (True, -0.1, "0.9"):
+        with pytest.raises(DaxError, match="boundary_ratio = .* must be a number from 0 to 1"):
+            facts_from_config(EXPERTS | {"boundary_ratio": ratio}, config, None, config)
+
+
+def test_the_experts_share_the_steps_as_the_pipeline_has_it():
+    """t >= boundary_ratio * 1000 is the first expert's."""
+    facts = FACTS["wan2.2-t2v-a14b"]
+    assert facts.expert_steps([999.0, 875.0, 874.9, 3.0]) == (2, 2)
+    assert facts.expert_steps([874, 3]) == (0, 2) and facts.expert_steps([999]) == (1, 0)
+    assert FACTS["wan2.1-t2v-14b"].expert_steps([999, 3]) == (2,)

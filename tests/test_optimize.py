@@ -197,8 +197,8 @@ def test_counts_are_checked(random_pipe, monkeypatch):
 @pytest.mark.fault(34)
 @pytest.mark.parametrize(
     "config",
-    [{"in_channels": 36}, {"image_dim": 16, "added_kv_proj_dim": 64}, {"in_channels": 48, "out_channels": 16}],
-    ids=["i2v 36 channels", "i2v image tokens", "5b"],
+    [{"in_channels": 32}, {"image_dim": 16, "added_kv_proj_dim": 64}, {"in_channels": 48, "out_channels": 16}],
+    ids=["32 channels", "i2v image tokens", "48 channels to 16"],
 )
 def test_other_wans_are_refused_without_their_weights(config):
     with torch.device("meta"):  # no weight exists that could be read
@@ -222,12 +222,17 @@ def test_other_families_and_other_objects_are_refused(random_pipe):
 
 
 @pytest.mark.fault(34)
-def test_two_experts_are_refused(random_pipe):
+def test_half_a_pair_of_experts_is_refused(random_pipe):
     from diffusers import WanPipeline
 
-    experts = WanPipeline(**random_pipe.components | {"transformer_2": random_pipe.transformer}, boundary_ratio=0.9)
-    with pytest.raises(DaxError, match="Wan2.2 with two experts"):
-        dax.optimize(experts)
+    parts = random_pipe.components
+    for more, says in (
+        ({"boundary_ratio": 0.9}, "two experts need both"),
+        ({"transformer_2": parts["transformer"]}, "two experts need both"),
+        ({"boundary_ratio": 0.9, "transformer_2": parts["transformer"]}, "the very module that transformer is"),
+    ):
+        with pytest.raises(DaxError, match=says):
+            dax.optimize(WanPipeline(**parts | more))
 
 
 @pytest.mark.fault(19)

@@ -12,6 +12,7 @@ from dax.bench import costs, roofline
 from dax.bench.model import facts_of
 from dax.bench.size import checked_size
 from dax.cache.policy import resolve_cache
+from dax.cache.step_plan import flow_sigmas
 from dax.errors import DaxError, nearest
 from dax.facts import Facts
 from dax.generate.steps import schedule
@@ -49,6 +50,8 @@ def explain(
     checkpoint = None if asked.cache.policy == "none" else checkpoint_here(model, facts)
     found = resolved_plan(asked, facts, machine, strict, ranks, checkpoint)
     cached = step_cache(found, facts, steps, checkpoint)
+    experts = expert_figures(facts, found.plan, steps, cached) if facts.num_experts > 1 else None
+    eight_bits = found.plan.linear.scheme != "none"
     resolved, notes, fallbacks = found.plan, list(found.notes), list(found.fallbacks)
     dtypes = {
         "gemm_dtype": roofline.LINEAR.get(resolved.linear.scheme, "bf16"),
@@ -71,8 +74,10 @@ def explain(
         "layers": facts.num_layers,
         "control_blocks": len(facts.control_layers),
         "parameters": facts.num_parameters,
-        "weights_gib": roofline.weight_bytes(facts, eight_bits=resolved.linear.scheme != "none") / 2**30,
+        "weights_gib": roofline.weight_bytes(facts, eight_bits=eight_bits) / 2**30,
         "activations_gib": roofline.activation_bytes(facts, tokens) / 2**30,
+        "device_gib": device_bytes(facts, resolved, tokens) / 2**30,
+        "experts": experts,
         "hardware": machine.name if machine else None,
         "memory_gib": machine.memory_gib if machine else None,
         "plan": {
@@ -97,6 +102,33 @@ def explain(
         "num_ranks": gpus,
         "ranks_per_node": ranks.node,
         "ranks": expected(resolved, facts, machine, ranks, forwards) if gpus > 1 else None,
+    }
+
+
+def device_bytes(facts: Facts, plan: Plan, tokens: int) -> int:
+    """Weights of all transformers that lie on the device at a time, activations, and what is remembered of the text."""
+    weights = roofline.device_weight_bytes(facts, plan.linear.scheme != "none", plan.offload == "experts")
+    remembered = 0 if plan.compile == "blocks" else roofline.text_memory_bytes(facts)
+    return weights + roofline.activation_bytes(facts, tokens) + remembered
+
+
+def expert_figures(facts: Facts, plan: Plan, steps: int, cached: dict | None) -> dict:
+    """How two experts share the loop at the model's flow shift, and what each adds to the memory of device and host.
+
+    forwards   that each computes, both branches
+    """
+    timesteps = [1000 * sigma for sigma in flow_sigmas(steps, facts.defaults.flow_shift)]
+    shares = facts.expert_steps(timesteps)
+    masks = [cached[branch] for branch in cached["computed"]] if cached else FORWARDS_PER_STEP * ["1" * steps]
+    parts = slice(0, shares[0]), slice(shares[0], steps)
+    eight_bits, idle_on_host = plan.linear.scheme != "none", plan.offload == "experts"
+    blocks = roofline.weight_bytes(facts, eight_bits=eight_bits) - roofline.weight_bytes(facts, 0)
+    return {
+        "boundary_ratio": facts.boundary_ratio,
+        "steps": list(shares),
+        "forwards": [sum(mask[part].count("1") for mask in masks) for part in parts],
+        "device_weights_gib": roofline.device_weight_bytes(facts, eight_bits, idle_on_host) / 2**30,
+        "host_weights_gib": 2 * blocks * idle_on_host / 2**30,
     }
 
 
@@ -161,7 +193,9 @@ def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool, ranks: Ranks
     if machine is not None:
         return resolve(asked, facts, machine, strict, checkpoint=checkpoint, ranks=ranks)
     check_reuse(asked, facts)
-    cache, calibration, notes, fallbacks = resolve_cache(asked.cache, facts.name, checkpoint, kernels_of(asked))
+    cache, calibration, notes, fallbacks = resolve_cache(
+        asked.cache, facts.name, checkpoint, kernels_of(asked), facts.num_experts
+    )
     plan = asked.model_copy(update={"cache": cache})
     return Resolved(plan, tuple(notes), tuple(fallbacks), calibration=calibration)
 
@@ -188,7 +222,7 @@ def changes(plan: Plan, facts: Facts, machine) -> list[str]:
     """What the plan does to the model, and on how many of its parts."""
     from dax.attention import kernel_for_cross
 
-    kernel, layers = plan.attention.kernel, facts.num_blocks
+    kernel, layers = plan.attention.kernel, facts.num_blocks * facts.num_experts
     cross = kernel_for_cross(kernel, machine, head_dim=facts.head_dim) if machine else kernel
     found = [
         f"attention.kernel = {kernel}: {layers} self-attention layers",
@@ -197,6 +231,8 @@ def changes(plan: Plan, facts: Facts, machine) -> list[str]:
     found += [f"linear.scheme = {scheme}: {count} linear layers" for scheme, count in quantized(plan, facts).items()]
     if plan.blocks.fused:
         found.append(f"blocks.fused = true: {layers} transformer blocks")
+    if plan.offload == "experts":
+        found.append(f"offload = experts: {facts.num_layers} pairs of blocks that take turns")
     if plan.compile == "blocks":
         found.append(f"compile = blocks: {layers} transformer blocks")
     return found
@@ -211,7 +247,8 @@ def quantized(plan: Plan, facts: Facts) -> dict[str, int]:
     if not plan.linear.active:
         return {}
     rules, optional = rules_of(plan.linear, facts)
-    return dict(Counter(match(facts.linear_layers(), rules, optional).values()))
+    counts = Counter(match(facts.linear_layers(), rules, optional).values())
+    return {scheme: facts.num_experts * count for scheme, count in counts.items()}
 
 
 def part(op: roofline.Operation, machine, plan: Plan, fused: bool) -> dict:
@@ -246,6 +283,7 @@ def text(result: dict) -> str:
         f"{pixels} = {result['tokens']} tokens, {result['steps']} steps",
         f"memory of the transformer: weights {result['weights_gib']:.2f} GiB, activations about "
         f"{result['activations_gib']:.2f} GiB" + (f", of {result['memory_gib']:.0f}" if result["memory_gib"] else ""),
+        *expert_lines(result),
         "",
         "plan",
     ]
@@ -273,6 +311,21 @@ def text(result: dict) -> str:
         columns |= {"exposed_ms": "exposed ms", "denoise_s": "denoise s", "speedup": "times one", "efficiency_pct": "%"}
         lines += ["", head, table(result["ranks"], columns)]
     return "\n".join(lines)
+
+
+def expert_lines(result: dict) -> list[str]:
+    """How two experts share loop and memory."""
+    experts = result["experts"]
+    if experts is None:
+        return []
+    (first, second), forwards = experts["steps"], experts["forwards"]
+    host = experts["host_weights_gib"]
+    return [
+        f"two experts: {first} steps down to the boundary at {experts['boundary_ratio']:g}, then {second}; "
+        f"{forwards[0]} and {forwards[1]} forwards",
+        f"memory with both: weights {experts['device_weights_gib']:.2f} GiB on the device, with activations and the "
+        f"text's keys about {result['device_gib']:.2f} GiB" + (f"; {host:.2f} GiB of the host's" if host else ""),
+    ]
 
 
 def schedule_lines(result: dict) -> list[str]:

@@ -10,13 +10,14 @@ LOGIT_STD = 3.0  # how peaked attention is: about ten keys of 75 600 matter to a
 
 
 def facts_of(model: str) -> Facts:
-    """Facts of a known name, or of a diffusers folder from its two JSON files. No header of a weight file is read."""
+    """Facts of a known name, or of a diffusers folder from its JSON files. No header of a weight file is read."""
     folder = Path(model)
     if not folder.is_dir():
         return facts_named(model)
     index, config = read_json(folder / "model_index.json"), read_json(folder / "transformer" / "config.json")
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    return facts_from_config(index, config, flow_shift_of(read_json(scheduler) if scheduler.is_file() else None))
+    scheduler, second = folder / "scheduler" / "scheduler_config.json", folder / "transformer_2" / "config.json"
+    shift = flow_shift_of(read_json(scheduler) if scheduler.is_file() else None)
+    return facts_from_config(index, config, shift, read_json(second) if second.is_file() else None)
 
 
 def read_json(path: Path) -> dict:

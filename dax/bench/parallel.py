@@ -81,6 +81,10 @@ def bench(
     pixels = checked_size(facts, size)
     if facts.control_layers:
         raise DaxError("bad_request", f"bench parallel: {facts.name} takes a control video: dax bench forward knows it")
+    if facts.num_experts > 1:
+        raise DaxError(
+            "bad_request", f"bench parallel: {facts.name} has two experts: wan2.1-t2v-14b is as large as one"
+        )
     if gpus < 2:
         raise DaxError("bad_request", "bench parallel: --gpus 2 or more")
     chosen = list(PARTS) if parts is None else [name.strip() for name in parts.split(",") if name.strip()]

@@ -182,6 +182,20 @@ def weight_bytes(facts: Facts, num_layers: int | None = None, eight_bits: bool =
     return 2 * facts.num_parameters + 2 * kept - saved * eight_bits
 
 
+def device_weight_bytes(facts: Facts, eight_bits: bool = False, idle_on_host: bool = False) -> int:
+    """Bytes of all transformers' weights on the device at a time: of two experts' both.
+
+    idle_on_host   the blocks of both take turns in the memory of one's; what is outside the blocks is there twice
+    """
+    own = weight_bytes(facts, eight_bits=eight_bits)
+    return own + (facts.num_experts - 1) * (weight_bytes(facts, 0) if idle_on_host else own)
+
+
+def text_memory_bytes(facts: Facts, branches: int = 2) -> int:
+    """Bytes of the keys and values of text and image that every cross-attention layer keeps, in bf16."""
+    return branches * facts.num_blocks * 2 * (facts.text_tokens + facts.image_tokens) * facts.width * 2
+
+
 def activation_bytes(facts: Facts, tokens: int) -> int:
     """Bytes alive at the peak of a stock block: at a gate or around the GELU, whichever is larger. An estimate."""
     U = 2 * tokens * facts.width

@@ -33,7 +33,7 @@ def bench(model: str | None, size, warm_up_s: float, timed_s: float, device: str
     row = (COMPUTE,) * MOST_WEIGHTS + (WEIGHTS,) * 3
     steps = len(row)
     edits, plan = Edits(), StepPlan(row, row, "a timed table")
-    gate = apply_cache(model, None, lambda *_: plan, edits, residual=False, checkpoint=None, kernels="exact")
+    gate = apply_cache([model], None, lambda *_: plan, edits, residual=False, checkpoint=None, kernels="exact")
 
     def ask(step: int) -> list:
         found = []

@@ -58,15 +58,19 @@ def bench(
     if steps <= UNCACHED_STEPS:
         raise DaxError("bad_request", f"--steps {steps}: at least {UNCACHED_STEPS + 1}")
     layers = num_layers or facts.num_layers
-    pipe = pipeline(build(facts, None, device, layers), facts)
+    second = [build(facts, None, device, layers).cpu() for _ in range(facts.num_experts - 1)]  # optimize() fetches it
+    pipe = pipeline([build(facts, None, device, layers), *second], facts)
     loop = Loop(pipe, facts, asdict(pixels), steps, device)
     log(f"{facts.name}: {layers} blocks, {steps} steps, on {device}")
     with torch.no_grad():
         engine = optimize(pipe, plan, linear={"keep_original": "none"})  # nothing is undone
         log(engine.summary())
-        gated, pipe.transformer.forward = pipe.transformer.forward, engine.gate.inner  # the same kernels, ungated
+        gated = [(x, x.forward) for x in (pipe.transformer, pipe.transformer_2) if x is not None]
+        for (transformer, _), expert in zip(gated, engine.gate.experts):  # the same kernels, ungated
+            transformer.forward = expert.forward
         uncached = loop.run(UNCACHED_STEPS + 1)
-        pipe.transformer.forward = gated
+        for transformer, forward in gated:
+            transformer.forward = forward
         cached = loop.run(steps)
     ran = engine.gate.last
     if ran is None:
@@ -149,6 +153,7 @@ class Loop:
             "latents": gaussian(1, *facts.latent_shape(**size)),
             "num_inference_steps": steps,
             "guidance_scale": facts.defaults.guidance_scale,
+            "guidance_scale_2": facts.defaults.guidance_scale_2,
             "output_type": "latent",
             **size,
         }
@@ -181,14 +186,15 @@ class Loop:
             torch.cuda.synchronize()
 
 
-def pipeline(transformer, facts):
-    """A WanPipeline of a transformer and the model's usual solver, nothing else."""
+def pipeline(transformers: list, facts):
+    """A WanPipeline of a transformer, or two experts, and the model's usual solver, nothing else."""
     from diffusers import UniPCMultistepScheduler, WanPipeline
 
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=facts.defaults.flow_shift
     )
-    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "transformer": transformer, "scheduler": scheduler}
+    experts = dict(zip(("transformer", "transformer_2"), transformers), boundary_ratio=facts.boundary_ratio)
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "scheduler": scheduler, **experts}
     pipe = WanPipeline(**parts, expand_timesteps=facts.token_time)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -18,6 +18,11 @@ def digest(bf16: bytes, num_layers: int) -> str:
     return hashlib.sha256(f"wan {num_layers} ".encode() + bf16).hexdigest()
 
 
+def joint_digest(digests: list[str]) -> str:
+    """One digest for the transformers of a model: the only one's own, or of both experts'."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
 def folder_digest(file: Path, num_layers: int) -> str:
     """The digest of a checkpoint from the safetensors file that holds its table, already checked."""
     with file.open("rb") as opened:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -27,6 +28,7 @@ class Run:
 
     plan: StepPlan
     step: int = 0
+    expert: "Expert | None" = None  # whose velocities the history holds
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of the step that is open, by branch
     fresh: set[str] = field(default_factory=set)  # branches the open step computed
     branches: set[str] = field(default_factory=set)  # seen so far
@@ -60,26 +62,35 @@ class Report:
     warnings: tuple[str, ...]
 
 
+@dataclass
+class Expert:
+    """A transformer behind the gate: its own forward and context, and its stack of blocks where residuals are kept."""
+
+    forward: Callable
+    context: Callable
+    stack: BlockStack | None = None
+
+
 class Gate:
-    """The step cache of one transformer. `last` is the Report of the last finished run of the loop, or None.
+    """The step cache of a loop, before its transformer or its experts. `last` is the Report of the last finished run of
+    the loop, or None.
 
     make_plan   (Setting, noise levels, timesteps) -> StepPlan, asked when a run begins; without a pipeline the last two
                 are None
     checkpoint, kernels   of the transformer, see Setting
     """
 
-    def __init__(self, transformer, pipe, make_plan: Callable, checkpoint: str | None = None, kernels: str = "exact"):
-        self.inner, self.vendor_context = transformer.forward, transformer.cache_context
-        self.stack: BlockStack | None = None
+    def __init__(self, transformers, pipe, make_plan: Callable, checkpoint: str | None = None, kernels: str = "exact"):
+        self.experts = [Expert(transformer.forward, transformer.cache_context) for transformer in transformers]
         self.pipe, self.make_plan, self.checkpoint, self.kernels = pipe, make_plan, checkpoint, kernels
         self.said: tuple[str, dict] | None = None  # the branch, and what else the pipeline announced
         self.run: Run | None = None
         self.last: Report | None = None
 
     @contextmanager
-    def cache_context(self, name: str, **announced):
+    def cache_context(self, expert: Expert, name: str, **announced):
         """The vendor's, overheard."""
-        with self.vendor_context(name, **announced):
+        with expert.context(name, **announced):
             self.said = name, announced
             try:
                 yield
@@ -89,14 +100,17 @@ class Gate:
             finally:
                 self.said = None
 
-    def forward(self, *args, **kwargs):
+    def forward(self, expert: Expert, *args, **kwargs):
         """The transformer's forward, or its prediction. Outside a cache_context the branch is unknown: computed."""
         if self.said is None:
-            return self.inner(*args, **kwargs)
+            return expert.forward(*args, **kwargs)
         branch, announced = self.said
         try:
             run = self.enter(branch, announced, args, kwargs)
-            output = self.act(run, branch, run.plan.actions(branch)[run.step], args, kwargs)
+            if run.expert is not expert:  # what another one said predicts nothing of this one
+                run.expert = expert
+                run.history.clear()
+            output = self.act(run, expert, branch, run.plan.actions(branch)[run.step], args, kwargs)
             run.outputs[branch] = output[0]
             if run.done():
                 self.finish()
@@ -168,23 +182,23 @@ class Gate:
             )
         return position(timestep, timesteps)
 
-    def act(self, run: Run, branch: str, action: Action, args: tuple, kwargs: dict):
+    def act(self, run: Run, expert: Expert, branch: str, action: Action, args: tuple, kwargs: dict):
         """The output of this forward, computed or predicted, in the form the transformer gives it."""
-        residual = run.plan.reuse == "residual"
-        known = branch in self.stack.residuals if residual else len(run.history.get(branch, ())) >= len(action)
+        residual, stack = run.plan.reuse == "residual", expert.stack
+        known = branch in stack.residuals if residual else len(run.history.get(branch, ())) >= len(action)
         counts, velocity, output = run.predicted, None, None
         if action == DROP:
             velocity = run.outputs["cond"]
         elif action == COMPUTE or not known:  # guidance may be switched on in the middle of a run
             counts = run.computed
-            with self.stack.noting(branch) if residual else nullcontext():
-                output = self.inner(*args, **kwargs)
+            with stack.noting(branch) if residual else nullcontext():
+                output = expert.forward(*args, **kwargs)
             run.form, run.dtype = type(output), output[0].dtype
             if not residual and run.plan.depth:
                 run.fresh.add(branch)
         elif residual:
-            with self.stack.replaying(branch):
-                output = self.inner(*args, **kwargs)
+            with stack.replaying(branch):
+                output = expert.forward(*args, **kwargs)
         else:
             velocity = combine(run.history[branch], action).to(run.dtype)
         for name in (branch,) if branch in BRANCHES else BRANCHES:
@@ -207,8 +221,9 @@ class Gate:
     def release(self) -> None:
         """Let go of the run and all it holds."""
         self.run = None
-        if self.stack is not None:
-            self.stack.residuals.clear()
+        for expert in self.experts:
+            if expert.stack is not None:
+                expert.stack.residuals.clear()
 
     def progress_bar(self, iterable=None, total=None):
         """The pipeline's, which spans the loop."""
@@ -227,18 +242,19 @@ class Gate:
 
 
 def apply_cache(
-    transformer, pipe, make_plan: Callable, edits: Edits, *, residual: bool, checkpoint: str | None, kernels: str
+    transformers, pipe, make_plan: Callable, edits: Edits, *, residual: bool, checkpoint: str | None, kernels: str
 ) -> Gate:
-    """Put a gate before the transformer; undone with `edits`. See Gate for the arguments.
+    """Put one gate before all transformers of a loop; undone with `edits`. See Gate for the arguments.
 
     residual   also replace the list of blocks, which plans of the residual form need
     """
-    gate = Gate(transformer, pipe, make_plan, checkpoint, kernels)
-    if residual:
-        gate.stack = BlockStack(transformer.blocks)
-        edits.swap_module(transformer, "blocks", gate.stack)
-    edits.set_attribute(transformer, "forward", gate.forward)
-    edits.set_attribute(transformer, "cache_context", gate.cache_context)
+    gate = Gate(transformers, pipe, make_plan, checkpoint, kernels)
+    for transformer, expert in zip(transformers, gate.experts):
+        if residual:
+            expert.stack = BlockStack(transformer.blocks)
+            edits.swap_module(transformer, "blocks", expert.stack)
+        edits.set_attribute(transformer, "forward", partial(gate.forward, expert))
+        edits.set_attribute(transformer, "cache_context", partial(gate.cache_context, expert))
     if pipe is not None:
         gate.vendor_bar = edits.set_attribute(pipe, "progress_bar", gate.progress_bar)
     return gate

@@ -10,6 +10,7 @@ from dax.cache import magcache, teacache
 from dax.cache.artifact import Artifact, find
 from dax.cache.step_plan import Setting, StepPlan, actions_of, check_mask, flow_sigmas, guidance_rows
 from dax.errors import DaxError
+from dax.facts import Facts
 from dax.plan import Cache
 
 MAGCACHE_FAST = {"threshold": 0.24, "max_skips": 6, "retention": 0.2}
@@ -19,7 +20,7 @@ CALIBRATE = "run `dax calibrate`"
 
 
 def resolve_cache(
-    cache: Cache, model: str, checkpoint: str | None, kernels: str
+    cache: Cache, model: str, checkpoint: str | None, kernels: str, num_experts: int = 1
 ) -> tuple[Cache, Artifact | None, list[str], list[str]]:
     """(the part with every `auto` decided, the calibration it goes by, notes, fallbacks) for a model and checkpoint.
 
@@ -39,10 +40,13 @@ def resolve_cache(
             f"{str(found.setting.checkpoint)[:8]}, not {checkpoint[:8]}): {CALIBRATE} with this model",
         )
     if found is None and model not in magcache.PUBLISHED:
+        instead = "set cache.policy = mask with a cache.mask"  # dax calibrate knows one transformer only
+        if num_experts == 1:
+            instead = f"{CALIBRATE} and give its file as cache.file"
         raise DaxError(
             "bad_request",
-            f"cache.policy = {cache.policy}: nothing is published or calibrated for {model}: {CALIBRATE} and give its "
-            "file as cache.file, or set cache.policy = none",
+            f"cache.policy = {cache.policy}: nothing is published or calibrated for {model}: {instead}, or set "
+            "cache.policy = none",
         )
     update = {}
     if found is not None:
@@ -70,14 +74,25 @@ def resolve_cache(
     return cache.model_copy(update=update), found, notes, fallbacks
 
 
-def maker(cache: Cache, found: Artifact | None, model: str, embeddings: Callable | None = None) -> Callable:
+def maker(cache: Cache, found: Artifact | None, facts: Facts, embeddings: Callable | None = None) -> Callable:
     """make(setting, sigmas, timesteps) -> StepPlan for a resolved part and its calibration, see `gate.Gate`.
 
+    With two experts nothing of the second is predicted from what the first said: it begins with a computed step.
     embeddings   (timesteps, projected) -> [steps, C] fp32 time embeddings of the model; without it a TeaCache plan is
                  known only if the calibration holds its numbers, else make returns None
     """
 
     def make(setting: Setting, sigmas: Sequence[float] | None, timesteps=None) -> StepPlan | None:
+        plan = table(setting, sigmas, timesteps)
+        if plan is None or facts.num_experts == 1:
+            return plan
+        if timesteps is None:
+            timesteps = [1000 * sigma for sigma in sigmas or flow_sigmas(setting.steps, setting.flow_shift)]
+        else:
+            timesteps = timesteps.tolist()
+        return plan.restarted(facts.expert_steps(timesteps)[0])
+
+    def table(setting: Setting, sigmas: Sequence[float] | None, timesteps) -> StepPlan | None:
         steps = setting.steps
         if steps is None:
             raise DaxError("bad_request", "step cache: the number of steps is unknown: optimize the pipeline")
@@ -104,7 +119,7 @@ def maker(cache: Cache, found: Artifact | None, model: str, embeddings: Callable
         return StepPlan(row, guidance_rows(row, every, last), made_by, made_for, cache.reuse, sigmas)
 
     def magcache_plan(steps: int, sigmas) -> StepPlan:
-        ratios = found.magcache if found else magcache.PUBLISHED[model]
+        ratios = found.magcache if found else magcache.PUBLISHED[facts.name]
         own = found.sigmas if found else flow_sigmas(len(ratios.cond), ratios.flow_shift)
         here = ratios.at(sigmas, own)
         mask = magcache.magcache_mask(here.cond, cache.threshold, cache.max_skips, cache.retention)
@@ -114,7 +129,7 @@ def maker(cache: Cache, found: Artifact | None, model: str, embeddings: Callable
         return guided(actions_of(mask), made_by)
 
     def teacache_plan(setting: Setting, timesteps) -> StepPlan | None:
-        polynomial = found.teacache if found else teacache.PUBLISHED[model][cache.ret_steps]
+        polynomial = found.teacache if found else teacache.PUBLISHED[facts.name][cache.ret_steps]
         if wrong := polynomial.setting.differences(setting, but=("kernels", "scheduler", "guidance_scale")):
             raise DaxError(
                 "bad_request",

@@ -90,7 +90,7 @@ def gated(pipe, plan: StepPlan) -> "Iterator[Gate]":
     residual = plan.reuse == "residual"
     try:
         yield apply_cache(
-            pipe.transformer, pipe, lambda *_: made, edits, residual=residual, checkpoint=None, kernels="exact"
+            [pipe.transformer], pipe, lambda *_: made, edits, residual=residual, checkpoint=None, kernels="exact"
         )
     finally:
         edits.undo()

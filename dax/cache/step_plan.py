@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from dax.errors import DaxError
 
@@ -124,6 +124,22 @@ class StepPlan:
     def mask(self, branch: str = "cond") -> str:
         """One letter a step: 1 computed, 0 predicted, - dropped."""
         return "".join({COMPUTE: "1", DROP: "-"}.get(action, "0") for action in self.actions(branch))
+
+    def restarted(self, step: int) -> "StepPlan":
+        """The table where another model takes over at `step`: what would be predicted from behind that is computed."""
+        if not 0 < step < self.steps:
+            return self
+        rows = {}
+        for branch, row in (("cond", list(self.cond)), ("uncond", list(self.uncond))):
+            computed = 0
+            for i in range(step, self.steps):
+                if isinstance(row[i], tuple) and len(row[i]) > computed:
+                    row[i] = COMPUTE
+                computed += row[i] == COMPUTE
+            rows[branch] = tuple(row)
+        if rows == {"cond": self.cond, "uncond": self.uncond}:
+            return self
+        return replace(self, **rows, made_by=f"{self.made_by}, anew for the second expert at step {step}")
 
     def check(self, setting: Setting) -> None:
         """DaxError("bad_request") with the reason if this table was made for another setting. Kernels may differ."""

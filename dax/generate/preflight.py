@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 
 from dax.errors import DaxError
-from dax.facts import CLIP_TOKENS, Facts, facts_from_config, flow_shift_of, named
+from dax.facts import CLIP_TOKENS, OWN_COMPONENTS, Facts, facts_from_config, flow_shift_of, named
 from dax.generate import shapes
 from dax.generate.checkpoint import (
     bad,
@@ -79,11 +79,16 @@ def preflight(folder: Path) -> Checked:
     index = read_json(folder / "model_index.json")
     check_code(folder)
     configs = {part: read_config(folder / part / "config.json") for part in STEMS}
-    facts = facts_from_config(index, configs["transformer"])
+    if index.get("boundary_ratio") is not None and index.get("transformer_2") not in (None, [None, None]):
+        configs["transformer_2"] = read_config(folder / "transformer_2" / "config.json")
+    facts = facts_from_config(index, configs["transformer"], second_config=configs.get("transformer_2"))
     image = ("image_encoder", "image_processor") if facts.image_tokens else ()
     for part in PARTS + image:
         if index.get(part) in (None, [None, None]):
             raise bad(folder / "model_index.json", f"names no {part}")
+    for part in OWN_COMPONENTS["WanImageToVideoPipeline"]:
+        if index.get(part) not in (None, [None, None]) and part not in image:
+            raise bad(folder / "model_index.json", f"names an {part}, and the transformer takes no image tokens")
     check_encoder(folder / "text_encoder" / "config.json", configs["text_encoder"], facts)
     check_vae(folder / "vae" / "config.json", configs["vae"], facts)
     expected = {
@@ -91,12 +96,14 @@ def preflight(folder: Path) -> Checked:
         "text_encoder": shapes.text_encoder_shapes(configs["text_encoder"]),
         "vae": shapes.vae_shapes(configs["vae"]),
     }
+    if facts.num_experts == 2:
+        expected["transformer_2"] = expected["transformer"]
     if image:
         configs["image_encoder"] = read_config(folder / "image_encoder" / "config.json")
         expected["image_encoder"] = shapes.image_encoder_shapes(configs["image_encoder"], facts.image_dim, CLIP_TOKENS)
     files = [folder / "model_index.json", *(folder / part / "config.json" for part in configs)]
     for part in configs:
-        stem = STEMS.get(part, "model")
+        stem = STEMS.get(part.removesuffix("_2"), "model")
         tensors, weights = read_weights(folder / part, stem)
         if part == "text_encoder" and EMBEDDING in tensors:
             tensors.setdefault("shared.weight", tensors[EMBEDDING])

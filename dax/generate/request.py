@@ -7,8 +7,10 @@ something else. Rows 1 to 15 of docs/faults.md.
 import math
 from dataclasses import dataclass, fields
 
+from dax.bench.roofline import device_weight_bytes
 from dax.errors import DaxError
 from dax.facts import Facts
+from dax.plan import Plan
 
 MAX_PROMPT = 10_000  # characters
 MAX_SIDE = 8192  # pixels
@@ -20,7 +22,10 @@ MAX_FPS = 240
 
 @dataclass(frozen=True)
 class Request:
-    """One clip. Sizes in pixels and frames, fps in frames per second; the field names are those of the command line."""
+    """One clip. Sizes in pixels and frames, fps in frames per second; the field names are those of the command line.
+
+    guidance_scale_2   of the second expert, where the model has two; else None
+    """
 
     prompt: str
     height: int
@@ -32,6 +37,7 @@ class Request:
     fps: int
     negative_prompt: str = ""
     seed: int = 0
+    guidance_scale_2: float | None = None
 
 
 def request_fields(record: dict) -> dict:
@@ -44,13 +50,15 @@ def make_request(
 ) -> tuple[Request, list[str]]:
     """(Request, warnings) of the given fields, the others as the model is meant to be used.
 
-    A value of None counts as not given. `round` moves a size to the nearest one the model can make, and a warning says
-    so. DaxError("bad_request") names the field, its value and the way out.
+    A value of None counts as not given; a stated guidance_scale is both experts', unless the second's is stated too.
+    `round` moves a size to the nearest one the model can make, and a warning says so. DaxError("bad_request") names
+    the field, its value and the way out.
     """
     unknown = set(given) - {field.name for field in fields(Request)}
     if unknown:
         raise DaxError("bad_request", f"unknown request field {sorted(unknown)[0]!r}")
-    values = {**vars(facts.defaults), **{name: value for name, value in given.items() if value is not None}}
+    stated = {name: value for name, value in given.items() if value is not None}
+    values = {**vars(facts.defaults), **stated}
     if "prompt" not in values:
         raise DaxError("bad_request", "no prompt: say what the clip shows, or take that of an earlier clip with --from")
     check_text("prompt", values["prompt"])
@@ -61,6 +69,12 @@ def make_request(
     check_whole("steps", values["steps"], 1, MAX_STEPS)
     check_whole("fps", values["fps"], 1, MAX_FPS)
     check_real("guidance_scale", values["guidance_scale"], 0, 100)
+    if facts.num_experts == 2:
+        if "guidance_scale" in stated or values["guidance_scale_2"] is None:
+            values["guidance_scale_2"] = stated.get("guidance_scale_2", values["guidance_scale"])
+        check_second_scale(values["guidance_scale"], values["guidance_scale_2"])
+    elif "guidance_scale_2" in stated:
+        raise DaxError("bad_request", f"guidance_scale_2: {facts.name} has one transformer; leave it out")
     check_real("flow_shift", values["flow_shift"], 0.01, 100)
     warnings = []
     for name, least, most, step, offset in (
@@ -81,9 +95,19 @@ def make_request(
             raise DaxError("bad_request", f"{name} {value} must be {rule} (nearest {or_else}; --round picks one)")
         warnings.append(f"{name} {value} rounded to {nearest}")
         values[name] = nearest
-    for name in ("guidance_scale", "flow_shift"):
-        values[name] = float(values[name])
+    for name in ("guidance_scale", "guidance_scale_2", "flow_shift"):
+        values[name] = None if values[name] is None else float(values[name])
     return Request(**values), warnings
+
+
+def check_second_scale(first, second) -> None:
+    """DaxError for a number that is none, or guidance that only the second expert is to have."""
+    check_real("guidance_scale_2", second, 0, 100)
+    if first <= 1 < second:
+        raise DaxError(
+            "bad_request",
+            f"guidance_scale {first:g} means no guidance, of either expert: guidance_scale_2 {second:g} has no effect",
+        )
 
 
 def check_text(name: str, value) -> None:
@@ -108,6 +132,18 @@ def check_whole(name: str, value, least: int, most: int) -> None:
 def check_real(name: str, value, least: float, most: float) -> None:
     if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
         raise DaxError("bad_request", f"{name} {value!r} must be a number from {least} to {most}")
+
+
+def experts_bytes(facts: Facts, plan: Plan, itemsize: int) -> int:
+    """The most bytes of transformers' weights on the device: of two experts, the first as loaded, or both as they run.
+
+    itemsize   bytes per parameter as loaded
+    """
+    alone = facts.num_parameters * itemsize
+    if facts.num_experts == 1:
+        return alone
+    eight_bits, idle_on_host = plan.linear.scheme != "none", plan.offload == "experts"
+    return max(alone, device_weight_bytes(facts, eight_bits, idle_on_host) * itemsize // 2)
 
 
 def memory_bytes(facts: Facts, request: Request, weights: int, itemsize: int) -> int:

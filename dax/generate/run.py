@@ -19,7 +19,7 @@ from dax.generate.checkpoint import read_header
 from dax.generate.image import Picture, read_images, stretched
 from dax.generate.preflight import Checked, locate, preflight, verify
 from dax.generate.ranks import count_of, parallel_plan, team
-from dax.generate.request import Request, check_memory, make_request, request_fields
+from dax.generate.request import Request, check_memory, experts_bytes, make_request, request_fields
 from dax.generate.stages import (
     Clock,
     Forwards,
@@ -30,6 +30,7 @@ from dax.generate.stages import (
     out_of_memory,
     peak_memory_gib,
     set_flow_shift,
+    total,
 )
 from dax.generate.steps import checkpoint_of, schedule
 from dax.hardware import Machine, machine
@@ -115,7 +116,7 @@ def settle(job: Job) -> Settled:
     """Decide all that can be decided, and refuse all that can be refused, without a weight."""
     at, count = count_of(job.gpus, job.device)
     job, earlier = with_earlier(job)
-    checked = check_model(job.model, images=True)
+    checked = check_model(job.model, family=True)
     request, remarks = make_request(checked.facts, job.given, job.round, job.allow_empty_prompt)
     facts = named(checked.facts, request.flow_shift)  # the one that optimize() will see
     pictures = read_images(facts, job.image, job.last_image)
@@ -123,6 +124,12 @@ def settle(job: Job) -> Settled:
         raise DaxError("bad_request", f"num_frames {request.num_frames}: a first and a last frame are two")
     remarks += stretched(pictures, request.height, request.width)
     loras = tuple(map(parse_lora, job.loras))
+    if loras and facts.num_experts == 2:
+        raise DaxError(
+            "bad_request",
+            f"--lora: {facts.name} has two experts and a file is for one of them: in Python, give each its own with "
+            "dax.models.lora.fuse_lora before dax.optimize",
+        )
     asked, _ = Plan.from_layers(plan_layers(job, earlier))
     if earlier.get("model_digest", checked.digest) != checked.digest:
         remarks.append(f"the model is not the one of {job.from_clip}: its digest differs")
@@ -131,12 +138,14 @@ def settle(job: Job) -> Settled:
 
     here = machine(job.device)
     dtype = dtype_of(here)
-    check_memory(facts, request, checked.parameters * dtype.itemsize, dtype.itemsize, here.memory_gib)
     checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked.folder, facts)
     name = str(dtype).removeprefix("torch.")
     asked, shares = parallel_plan(asked, request, facts, count, job.strict, remarks)
     resolved = resolve(asked, facts, here, job.strict, name, checkpoint, shares)
     asked = asked.model_copy(update={"parallel": resolved.plan.parallel})
+    others = checked.parameters - facts.num_experts * facts.num_parameters
+    weights = others * dtype.itemsize + experts_bytes(facts, resolved.plan, dtype.itemsize)
+    check_memory(facts, request, weights, dtype.itemsize, here.memory_gib)
     schedule(resolved.plan.cache, resolved.calibration, facts, request, checkpoint)
     measured = read_measured(job.plan) if job.plan else None
     elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []
@@ -165,13 +174,16 @@ def make(settled: Settled, log):
     with team(settled.place, here.device, agreed) as ranks, out_of_memory(request):
         clock = Clock(ranks.enter)
         with clock.stage("load"):
-            pipe = load(checked, here.device, dtype_of(here), ranks.first)
+            plan = settled.resolved.plan
+            waits = plan.linear.active or plan.offload == "experts"  # then optimize() brings the second expert over
+            pipe = load(checked, here.device, dtype_of(here), ranks.first, "cpu" if waits else here.device)
             checked.unchanged()
             set_flow_shift(pipe, request.flow_shift)
             loras = [fused(pipe.transformer, *lora) for lora in settled.loras]
+        experts = [pipe.transformer, *([pipe.transformer_2] if facts.num_experts == 2 else [])]
         from dax.optimize import optimize
 
-        with optimize(pipe, settled.asked, strict=job.strict) as engine, Forwards(pipe.transformer) as forwards:
+        with optimize(pipe, settled.asked, strict=job.strict) as engine, Forwards(*experts) as forwards:
             remarks.extend(engine.fallbacks)
             log(engine.summary())
             with clock.stage("text"):
@@ -191,7 +203,7 @@ def make(settled: Settled, log):
                     [picture.pixels for picture in settled.pictures],
                 )
             remarks.extend(dict.fromkeys(str(w.message) for w in found if str(w.message).startswith("step cache:")))
-            computed = ranks.most(forwards.computed)
+            each = [ranks.most(counts) for counts in forwards.each]
             with clock.stage("decode"):
                 frames = decode(pipe, latents) if ranks.first or engine.plan.parallel.vae == "split" else None
     if not ranks.first:
@@ -205,7 +217,8 @@ def make(settled: Settled, log):
         **asdict(request),
         "plan": engine.plan.model_dump(),
         "plan_hash": engine.plan.hash(),
-        "computed": computed,
+        "computed": total(each),
+        **({"computed_by_expert": each} if len(each) == 2 else {}),
         "ranks": ranks.count,
         "peak_memory_gib": round(peak_memory_gib(here.device), 2),
         "device": here.name,
@@ -293,10 +306,10 @@ def plan_layers(job: Job, earlier: dict) -> list[tuple[str, dict]]:
     return [base, *((f"--set {text}", parse_set(text)) for text in job.sets)]
 
 
-def check_model(model: str | None, images: bool = False) -> Checked:
+def check_model(model: str | None, family: bool = False) -> Checked:
     """The preflight of the folder, the hub's model or the embedded one.
 
-    images   whether a model that starts from an image will do; else it is refused
+    family   whether any member of the family will do; else one that starts from an image or has two experts is refused
     """
     if model in (None, "tiny"):
         return preflight(FOLDER)
@@ -309,11 +322,12 @@ def check_model(model: str | None, images: bool = False) -> Checked:
             f"{model}: {checked.facts.name} takes a control video, which the command line does not: load it as "
             "diffusers' WanVACEPipeline and call dax.optimize on that",
         )
-    if checked.facts.num_images and not images:
+    if (checked.facts.num_images or checked.facts.num_experts == 2) and not family:
+        why = "starts from an image" if checked.facts.num_images else "has two experts"
         raise DaxError(
             "bad_model",
-            f"{model}: {checked.facts.name} starts from an image: dax generate takes it, comparing, tuning and "
-            "calibrating know text-to-video only so far",
+            f"{model}: {checked.facts.name} {why}: dax generate takes it, comparing, tuning and calibrating know "
+            "text-to-video by one transformer only so far",
         )
     return checked
 

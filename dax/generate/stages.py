@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from dax.edits import Edits
 from dax.errors import DaxError
@@ -32,12 +33,13 @@ class Clock:
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
-def load(checked: Checked, device: str, dtype, text: bool = True):
+def load(checked: Checked, device: str, dtype, text: bool = True, second_device: str | None = None):
     """The pipeline, from safetensors only and nothing but local files.
 
     VAE and image encoder stay in fp32, as their authors run them.
     Weights go to the device tensor by tensor, so that several ranks do not hold a copy each in the host's memory.
     text   whether to load the text encoder, the largest part after the transformer
+    second_device   where the second of two experts goes instead: the host, where optimize() is to bring it over
     """
     import diffusers
     import torch
@@ -47,12 +49,16 @@ def load(checked: Checked, device: str, dtype, text: bool = True):
     without = {} if text else {"text_encoder": None, "tokenizer": None}
     try:
         with quiet():
-            transformer = WanTransformer3DModel.from_pretrained(
-                checked.folder, subfolder="transformer", dtype=dtype, device_map={"": device}, **local
-            )
+            places = {"transformer": device, "transformer_2": second_device or device}
+            experts = {
+                name: WanTransformer3DModel.from_pretrained(
+                    checked.folder, subfolder=name, dtype=dtype, device_map={"": place}, **local
+                )
+                for name, place in list(places.items())[: checked.facts.num_experts]
+            }
             pipe = getattr(diffusers, checked.facts.pipeline_class).from_pretrained(
                 checked.folder,
-                transformer=transformer,
+                **experts,
                 dtype={"default": dtype, "vae": torch.float32, "image_encoder": torch.float32},
                 **without,
                 **local,
@@ -63,7 +69,10 @@ def load(checked: Checked, device: str, dtype, text: bool = True):
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise DaxError("bad_model", f"{checked.folder}: diffusers cannot load it: {first}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and name not in experts:
+            part.to(device)
+    return pipe
 
 
 @contextmanager
@@ -153,6 +162,7 @@ def denoise(
             num_frames=request.num_frames,
             num_inference_steps=request.steps,
             guidance_scale=request.guidance_scale,
+            guidance_scale_2=request.guidance_scale_2,
             generator=torch.Generator("cpu").manual_seed(request.seed),
             output_type="latent",
             callback_on_step_end=step_done,
@@ -182,29 +192,44 @@ def decode(pipe, latents):
 
 
 class Forwards:
-    """Counts the forwards that really run the blocks, by the branch the pipeline announces; `computed` is the count."""
+    """Counts the forwards that really run the blocks, by the branch the pipeline announces: `each` transformer's, and
+    `computed`, all of them.
+    """
 
-    def __init__(self, transformer):
-        self.transformer, self.branch, self.edits = transformer, "cond", Edits()
-        self.computed = {"cond": 0, "uncond": 0}
+    def __init__(self, *transformers):
+        self.transformers, self.branch, self.edits = transformers, "cond", Edits()
+        self.each = [{"cond": 0, "uncond": 0} for _ in transformers]
+
+    @property
+    def computed(self) -> dict[str, int]:
+        return total(self.each)
 
     def __enter__(self):
-        self.handle = self.transformer.blocks[0].register_forward_pre_hook(self.add)
-        self.vendor_context = self.edits.set_attribute(self.transformer, "cache_context", self.cache_context)
+        self.handles = []
+        for transformer, counts in zip(self.transformers, self.each):
+            self.handles.append(transformer.blocks[0].register_forward_pre_hook(partial(self.add, counts)))
+            context = partial(self.cache_context, transformer.cache_context)
+            self.edits.set_attribute(transformer, "cache_context", context)
         return self
 
     def __exit__(self, *_):
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
         self.edits.undo()
 
     @contextmanager
-    def cache_context(self, name: str, **announced):
+    def cache_context(self, vendors, name: str, **announced):
         self.branch = name
-        with self.vendor_context(name, **announced):
+        with vendors(name, **announced):
             yield
 
-    def add(self, *_) -> None:
-        self.computed[self.branch] += 1
+    def add(self, counts: dict[str, int], *_) -> None:
+        counts[self.branch] += 1
+
+
+def total(each: list[dict[str, int]]) -> dict[str, int]:
+    """The forwards of all transformers, by branch."""
+    return {branch: sum(counts[branch] for counts in each) for branch in ("cond", "uncond")}
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dax.cache.artifact import Artifact
-from dax.cache.checkpoint import TENSOR, folder_digest
+from dax.cache.checkpoint import TENSOR, folder_digest, joint_digest
 from dax.cache.policy import maker
 from dax.cache.step_plan import Setting, flow_sigmas
 from dax.facts import Facts
@@ -13,8 +13,11 @@ from dax.plan import Cache
 
 def checkpoint_of(folder: Path, facts: Facts) -> str:
     """The digest that a calibration of this checkpoint carries; DaxError("bad_model") if its weights cannot be read."""
-    tensors = read_weights(folder / "transformer", "diffusion_pytorch_model")[0]
-    return folder_digest(tensors[TENSOR].file, facts.num_layers)
+    digests = []
+    for part in ("transformer", "transformer_2")[: facts.num_experts]:
+        tensors = read_weights(folder / part, "diffusion_pytorch_model")[0]
+        digests.append(folder_digest(tensors[TENSOR].file, facts.num_layers))
+    return joint_digest(digests)
 
 
 def schedule(cache: Cache, calibration: Artifact | None, facts: Facts, request, checkpoint: str | None):
@@ -26,4 +29,4 @@ def schedule(cache: Cache, calibration: Artifact | None, facts: Facts, request, 
     if cache.policy == "none":
         return None
     setting = Setting(request.steps, None, request.flow_shift, request.guidance_scale, checkpoint)
-    return maker(cache, calibration, facts.name)(setting, flow_sigmas(request.steps, request.flow_shift))
+    return maker(cache, calibration, facts)(setting, flow_sigmas(request.steps, request.flow_shift))

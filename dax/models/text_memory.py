@@ -17,7 +17,10 @@ MOST_PROMPTS = 4  # remembered at a time: guidance has two
 
 
 class TextMemory:
-    """{prompt and image embedding: {layer: operands}} of one pipeline's transformers; keeps no embedding alive."""
+    """{prompt and image embedding: {layer: operands}} of a pipeline's transformer, of two the one that ran last.
+
+    It keeps no embedding alive.
+    """
 
     def __init__(self):
         self.known: dict[tuple, tuple] = {}  # ids of transformer and embeddings: (references, state, {layer: entry})
@@ -33,6 +36,8 @@ class TextMemory:
             self.layers = None
             return
         key = id(transformer), *map(id, given)
+        for other in [other for other in self.known if other[0] != key[0]]:  # experts take turns: 0.8 GB each at 14B
+            del self.known[other]
         known = self.known.get(key)
         if known is None or known[1] != state or any(ref() is not x for ref, x in zip(known[0], given)):
             while len(self.known) >= MOST_PROMPTS:

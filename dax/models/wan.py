@@ -55,7 +55,7 @@ def vendor() -> tuple[type, type]:
 
 
 def target_of(model) -> Target:
-    """A WanPipeline, WanImageToVideoPipeline or WanVACEPipeline, or its bare transformer, as a Target.
+    """A pipeline of a Wan, or its bare transformer, as a Target; of two experts, both.
 
     DaxError("bad_model") for any other family, from class names and configs alone.
     """
@@ -72,12 +72,19 @@ def target_of(model) -> Target:
         raise DaxError("bad_model", f"{type(model).__name__} has no transformer that DAX knows")
     index = {key: value for key, value in config_of(model).items() if key in INDEX_KEYS}  # schedulers may be one's own
     shift = flow_shift_of(getattr(getattr(model, "scheduler", None), "config", None))
-    facts = facts_from_config(index, config_of(getattr(transformer, "_orig_mod", transformer)), shift)
-    if hasattr(transformer, "_orig_mod"):
+    experts = {"transformer": transformer, "transformer_2": getattr(model, "transformer_2", None)}
+    configs = [None if x is None else config_of(getattr(x, "_orig_mod", x)) for x in experts.values()]
+    facts = facts_from_config(index, configs[0], shift, configs[1])
+    for name, expert in experts.items():
+        if hasattr(expert, "_orig_mod"):
+            raise DaxError(
+                "bad_request", f"pipe.{name} is compiled already: pass it uncompiled and set compile = blocks"
+            )
+    if experts["transformer"] is experts["transformer_2"]:
         raise DaxError(
-            "bad_request", "pipe.transformer is compiled already: pass it uncompiled and set compile = blocks"
+            "bad_model", "transformer_2 is the very module that transformer is: load each expert's own weights"
         )
-    return Target(model, (transformer,), facts)
+    return Target(model, tuple(experts.values())[: facts.num_experts], facts)
 
 
 def config_of(model) -> dict:
@@ -200,10 +207,10 @@ def check_seams(target: Target) -> None:
                 f"plan attention.kernel: {found} of {expected} {kind}-attention layers matched in "
                 f"{target.facts.transformer_class}; this diffusers is not one DAX knows",
             )
-    for transformer in target.transformers:
+    for expert, transformer in zip(("transformer", "transformer_2"), target.transformers):
         for name, module in transformer.named_modules():
             if getattr(module, "_compiled_call_impl", None) is not None:
-                where = f"transformer.{name}" if name else "the transformer"
+                where = f"{expert}.{name}" if name else f"the {expert}"
                 raise DaxError(
                     "bad_request", f"{where} is compiled already: pass an uncompiled model and set compile = blocks"
                 )
@@ -211,11 +218,11 @@ def check_seams(target: Target) -> None:
             if type(processor) is not WanAttnProcessor:
                 raise DaxError(
                     "bad_request",
-                    f"transformer.{name} is already {type(processor).__name__}: undo that change before dax.optimize",
+                    f"{expert}.{name} is already {type(processor).__name__}: undo that change before dax.optimize",
                 )
             if processor._parallel_config is not None:
                 raise DaxError(
-                    "bad_request", f"transformer.{name}: diffusers' context parallelism cannot be combined with DAX"
+                    "bad_request", f"{expert}.{name}: diffusers' context parallelism cannot be combined with DAX"
                 )
     check_processor()
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dax.cache.checkpoint import TENSOR, digest
+from dax.cache.checkpoint import TENSOR, digest, joint_digest
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(x, layer.weight.float(), layer.bias.float())
 
 
-def checkpoint_digest(transformer) -> str:
-    """The digest of `dax.cache.checkpoint`, from the live model."""
-    table = getattr(transformer, TENSOR).detach().to("cpu", torch.bfloat16)
-    return digest(table.view(torch.uint8).numpy().tobytes(), len(transformer.blocks))
+def checkpoint_digest(*transformers) -> str:
+    """The digest of `dax.cache.checkpoint`, from the live model: its transformer, or its experts."""
+    tables = [getattr(x, TENSOR).detach().to("cpu", torch.bfloat16).view(torch.uint8).numpy() for x in transformers]
+    return joint_digest([digest(table.tobytes(), len(x.blocks)) for table, x in zip(tables, transformers)])

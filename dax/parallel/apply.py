@@ -23,7 +23,7 @@ def apply_parallel(target, parallel, device: str, plain, turn, measure: bool, ed
     """
     topology = Topology(parallel.cfg, parallel.ulysses, parallel.rows)
     mesh = meshes.build(topology, device)
-    changes, said = [], None
+    said, shared_layers, all_blocks, divided = None, 0, 0, 0
     for transformer in target.transformers:
         if topology.sequence > 1:
             inside = set(transformer.modules())
@@ -45,12 +45,17 @@ def apply_parallel(target, parallel, device: str, plain, turn, measure: bool, ed
             for layer in layers:
                 backend = shared(layer.processor.backend, sequence, parallel.overlap, travel)
                 edits.set_attribute(layer, "processor", layer.processor.around(backend))
-            value = f"{topology.ulysses} x rows {topology.rows}"
-            changes.append(("parallel.ulysses", value, "self-attention layers", len(layers), blocks))
+            shared_layers, all_blocks = shared_layers + len(layers), all_blocks + blocks
         if topology.cfg > 1:
             guided = partial(getattr, target.pipe, "do_classifier_free_guidance")
             guidance = Guidance(mesh.cfg, guided, target.facts.out_channels)
-            changes.append(("parallel.cfg", "2", "transformers", apply_guidance(transformer, guidance, edits), 1))
+            divided += apply_guidance(transformer, guidance, edits)
+    changes = []
+    if topology.sequence > 1:
+        value = f"{topology.ulysses} x rows {topology.rows}"
+        changes.append(("parallel.ulysses", value, "self-attention layers", shared_layers, all_blocks))
+    if topology.cfg > 1:
+        changes.append(("parallel.cfg", "2", "transformers", divided, len(target.transformers)))
     if parallel.vae == "split" and getattr(target.pipe, "vae", None) is not None:
         count = apply_vae(target.pipe.vae, mesh.world, edits)
         changes.append(("parallel.vae", "split", "layers of the VAE's decoder that look sideways", count, count))

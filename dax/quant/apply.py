@@ -5,6 +5,7 @@ All layers are checked before the first is touched, so a refusal leaves the mode
 
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 
 import torch
 from torch import nn
@@ -52,12 +53,18 @@ def planned(
 
 
 def replace(
-    module: nn.Module, plan: Mapping[str, Rule], edits: Edits, keep: bool, scales: "Mapping[str, float] | None" = None
+    module: nn.Module,
+    plan: Mapping[str, Rule],
+    edits: Edits,
+    keep: bool,
+    scales: "Mapping[str, float] | None" = None,
+    device: torch.device | None = None,
 ) -> Counter:
     """Put quantised twins in place, through the journal; {scheme: layers}.
 
     keep     move the original weights to host memory for undo(); else they are gone, layer by layer
     scales   {layer: largest input seen}, for static rules
+    device   where the twins are made and stay; None: where each layer is
     """
     counts: Counter = Counter()
     for name, rule in plan.items():
@@ -66,10 +73,14 @@ def replace(
         if isinstance(old, QuantLinear):
             edits.seal(PREQUANTIZED)
             continue
-        new = QuantLinear.from_float(old, rule, input_scale(rule, name, scales))
+        home = old.weight.device
+        away = device is not None and home != device
+        here = deepcopy(old).to(device) if away else old
+        new = QuantLinear.from_float(here, rule, input_scale(rule, name, scales))
         if keep:
             edits.swap_module(module, name, new)
-            edits.call(lambda old=old: move(old, "cpu"), lambda old=old, new=new: move(old, new.weight.device))
+            back = (lambda home=home: home) if away else (lambda new=new: new.weight.device)
+            edits.call(lambda old=old: move(old, "cpu"), lambda old=old, back=back: move(old, back()))
         else:
             edits.seal(GONE)
             parent, _, leaf = name.rpartition(".")
@@ -115,6 +126,7 @@ def apply_linear(target, facts, part, edits: Edits, scales: Scales | None = None
     if scales is not None:
         for transformer in target.transformers:
             check_scales(scales, transformer)
+    device = target.transformers[0].device  # a second expert that waits in host memory comes over layer by layer
     for transformer, plan in zip(target.transformers, plans):
-        counts += replace(transformer, plan, edits, part.keep_original == "cpu", scales and scales.amax)
+        counts += replace(transformer, plan, edits, part.keep_original == "cpu", scales and scales.amax, device)
     return counts

@@ -1,6 +1,7 @@
 """The benches of the step cache: rivals compute just the steps they are compared at; figures come with their checks."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from dax.cache.record import latent_psnr, make_clips, run
 from dax.cache.step_plan import Setting, flow_sigmas
 from dax.cache.teacache import Polynomial
 from dax.errors import DaxError
+from dax.facts import FACTS
 
 STEPS = 20
 
@@ -82,3 +84,13 @@ def test_the_loop_is_timed_step_by_step(tmp_path):
         video.bench("tiny", (32, 32, 5), "exact", 6, 1, "cpu")
     with pytest.raises(DaxError, match="at least 4"):
         video.bench("tiny", (32, 32, 5), str(plan), 3, 1, "cpu")
+
+
+@pytest.mark.parametrize("offload", ["none", "experts"])
+def test_the_loop_of_two_experts_is_timed(tmp_path, monkeypatch, offload):
+    kind = {"boundary_ratio": 0.875, "family": "wan2.2-t2v"}
+    monkeypatch.setitem(FACTS, "two", replace(FACTS["tiny"], name="two", **kind))
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(f"offload: {offload}\ncache:\n  policy: mask\n  mask: '110010'\n")
+    found = video.bench("two", (32, 32, 5), str(plan), 6, 1, "cpu", lambda text: None)
+    assert found["mask"] == "111010" and found["computed"] == {"cond": 4, "uncond": 4}

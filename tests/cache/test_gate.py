@@ -32,7 +32,7 @@ def call(pipe, seed=0, steps=STEPS, guidance=4.0, **kwargs):
 def put(pipe, plan, residual=False, edits=None):
     edits = Edits() if edits is None else edits
     return apply_cache(
-        pipe.transformer, pipe, lambda *_: plan, edits, residual=residual, checkpoint=None, kernels="exact"
+        [pipe.transformer], pipe, lambda *_: plan, edits, residual=residual, checkpoint=None, kernels="exact"
     )
 
 
@@ -114,7 +114,7 @@ def test_the_residual_form_reuses_what_the_blocks_added(random_pipe):
     edits = Edits()
     gate = put(random_pipe, StepPlan(row, row, "residual", reuse="residual"), residual=True, edits=edits)
     assert torch.equal(call(random_pipe), expected) and seen
-    assert gate.last.computed == {"cond": 4, "uncond": 4} and not gate.stack.residuals
+    assert gate.last.computed == {"cond": 4, "uncond": 4} and not gate.experts[0].stack.residuals
     assert set(transformer.state_dict()) == set(before)
     edits.undo()
     assert type(transformer.blocks) is torch.nn.ModuleList
@@ -161,7 +161,7 @@ def test_row_58_a_second_video_and_other_steps_see_nothing_of_the_first(random_p
     fresh = copy.deepcopy(random_pipe)
     make = lambda setting, sigmas, timesteps: JOINT if setting.steps == STEPS else StepPlan(LINE[:4], LINE[:4], "short")
     for pipe in (random_pipe, fresh):
-        apply_cache(pipe.transformer, pipe, make, Edits(), residual=False, checkpoint=None, kernels="exact")
+        apply_cache([pipe.transformer], pipe, make, Edits(), residual=False, checkpoint=None, kernels="exact")
     call(random_pipe, seed=1)
     call(random_pipe, seed=2, steps=4)
     assert torch.equal(call(random_pipe, seed=3), call(fresh, seed=3))

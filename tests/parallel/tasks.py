@@ -311,6 +311,23 @@ def other_control():
     return relative(together, alone), said
 
 
+def two_experts(parallel, image, more):
+    """(relative difference of the latents to one process, whether undo gives the model back, summary)"""
+    import dax
+    from dax import optimize
+    from tests.conftest import build_expert_pipe
+    from tests.models.test_two_experts import latents
+
+    pipe = build_expert_pipe(image)
+    stock = latents(pipe)
+    with mock.patch.object(optimize, "num_ranks", lambda: 1), dax.optimize(pipe, **more):
+        alone = latents(pipe)
+    with dax.optimize(pipe, parallel=parallel, **more) as engine:
+        together, summary = latents(pipe), engine.summary()
+        latents(pipe)
+    return relative(together, alone), torch.equal(latents(pipe), stock), summary
+
+
 def relative(x, reference):
     return ((x - reference).norm() / reference.norm()).item()
 

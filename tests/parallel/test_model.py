@@ -75,6 +75,24 @@ def test_control_of_fewer_tokens_ends_in_zeros_and_of_more_is_refused(ranks):
         assert "control_hidden_states: 15 tokens more than the video has" in long
 
 
+@pytest.mark.parametrize(
+    ("parallel", "image", "more"),
+    [
+        ({"cfg": 2}, False, {}),
+        ({"cfg": 1, "ulysses": 2}, True, {}),
+        ({"cfg": 1, "rows": 2}, False, {"offload": "experts"}),
+        ({"cfg": 2}, True, {"offload": "experts", "cache": {"policy": "mask", "mask": "1000"}}),
+    ],
+    ids=str,
+)
+def test_two_experts(ranks, parallel, image, more):
+    for latents, restored, summary in ranks(2).run(tasks.two_experts, parallel, image, more):
+        assert latents < 1e-5
+        assert restored
+        part = "parallel.cfg = 2: 2 of 2 transformers" if parallel["cfg"] == 2 else "4 of 4 self-attention layers"
+        assert part in summary
+
+
 def test_guidance_parallel_needs_guidance(ranks):
     with pytest.raises(AssertionError, match="parallel.cfg = 2 needs guidance"):
         ranks(2).run(tasks.model, {"cfg": 2}, 1.0)
