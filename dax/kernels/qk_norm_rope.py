@@ -1,17 +1,14 @@
 """Queries and keys between their projection and attention: RMS norm over all heads, then rotation by position.
 
-The row helpers are shared with `qk_quantize`: a row is read once from memory for its mean square and once more from
-the cache for the result, CHUNK columns (whole heads) at a time, so that any number of heads is tiled exactly.
+One program holds one row in registers and reads it once.
 """
 
 import torch
 
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
+from dax.kernels.quantize import load_row, row_meta, store_row
 from dax.kernels.start import start
-
-BLOCK = 4096  # elements a program holds at a time
-NUM_WARPS = 4
 
 
 def qk_norm_rope_reference(
@@ -42,63 +39,48 @@ def qk_norm_rope_reference(
 
 
 @triton.jit
-def inverse_rms(row, eps, C: tl.constexpr, CHUNK: tl.constexpr, NORM: tl.constexpr):
-    """1 / RMS of each row, [R, 1]; `row` are pointers [R, 1] to the rows' first elements. Ones without NORM."""
-    columns = tl.arange(0, CHUNK)[None, :]
-    if NORM:
-        squares = tl.zeros((row.shape[0], CHUNK), tl.float32)
-        for j in tl.static_range(C // CHUNK):
-            x = tl.load(row + j * CHUNK + columns).to(tl.float32)
-            squares += x * x
-        return tl.rsqrt(tl.sum(squares, 1) / C + eps)[:, None]
-    else:
-        return tl.full((row.shape[0], 1), 1.0, tl.float32)
-
-
-@triton.jit
 def angles(Table, at, ROPE: tl.constexpr):
-    """cos or sin of each pair of columns [R, N / 2], from its two equal entries at `at` [R, N]."""
+    """cos or sin of each pair of columns [..., N / 2], from its two equal entries at `at` [..., N]."""
     if ROPE:
-        first, second = tl.split(tl.load(Table + at).reshape(at.shape[0], at.shape[1] // 2, 2))
+        first, second = tl.split(paired(tl.load(Table + at)))
         return first
     else:
-        return tl.zeros((1, 1), tl.float32)
+        return tl.full((1,) * len(at.shape), 0.0, tl.float32)
 
 
 @triton.jit
-def normed_turned(row, columns, Weight, cos, sin, NORM: tl.constexpr, ROPE: tl.constexpr):
-    """Those columns of the rows, times the norm's weight and rotated, fp32 [R, N]; without the rows' 1 / RMS."""
-    x = tl.load(row + columns[None, :]).to(tl.float32)
-    if NORM:
-        x = x * tl.load(Weight + columns).to(tl.float32)[None, :]
-    if ROPE:
-        even, odd = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
-        x = tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(x.shape[0], x.shape[1])
-    return x
+def paired(x):
+    """[..., N] as [..., N / 2, 2]."""
+    return x.reshape(x.shape[:-1] + [x.shape[-1] // 2, 2])
+
+
+@triton.jit
+def turned(x, cos, sin):
+    """x [..., N], rotated in pairs of columns by cos and sin [..., N / 2]."""
+    even, odd = tl.split(paired(x))
+    return tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(x.shape)
 
 
 @triton.jit(do_not_specialize=["S"])
 def norm_rope_kernel(
     X, Weight, Cos, Sin, Out, S, stride_b, stride_s, eps,
-    C: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    token = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), S - 1)[:, None]  # beyond the end: the last again
-    batch = tl.program_id(1).to(tl.int64)
-    row = X + batch * stride_b + token.to(tl.int64) * stride_s
-    columns = tl.arange(0, CHUNK)
-    out = Out + (batch * S + token) * C + columns[None, :]
-    at = token * D + columns[None, :] % D
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    chunks = load_row(X + batch * stride_b + token * stride_s, C, CHUNK)
+    at = token * D + tl.arange(0, CHUNK) % D
     cos, sin = angles(Cos, at, ROPE), angles(Sin, at, ROPE)
-    inverse = inverse_rms(row, eps, C, CHUNK, NORM)
-    for j in tl.static_range(C // CHUNK):
-        y = normed_turned(row, columns + j * CHUNK, Weight, cos, sin, NORM, ROPE) * inverse
-        tl.store(out + j * CHUNK, y.to(Out.dtype.element_ty))
-
-
-def chunk_of(C: int, D: int) -> int:
-    """Columns taken at a time: as many whole heads as a power of two divides them into, at most 1024 columns."""
-    heads = C // D
-    return min(D * (heads & -heads), max(1024, D))
+    if NORM:
+        squares = chunks[0] * chunks[0]
+        for j in tl.static_range(1, len(chunks)):
+            squares += chunks[j] * chunks[j]
+        inverse = tl.rsqrt(tl.sum(squares, 0) / C + eps)
+        weights = load_row(Weight, C, CHUNK)
+    out = ()
+    for j in tl.static_range(len(chunks)):
+        y = chunks[j] * inverse * weights[j] if NORM else chunks[j]
+        out += (turned(y, cos, sin) if ROPE else y,)
+    store_row(Out + (batch * S + token) * C, out, C, CHUNK)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -123,13 +105,10 @@ def launch(
     D = C // heads
     x, cos, sin = rows_of(x), table_of(cos), table_of(sin)
     out = torch.empty(B, S, heads, D, device=x.device, dtype=x.dtype)
-    chunk = chunk_of(C, D)
-    rows = max(1, BLOCK // chunk)
     with torch.cuda.device_of(x):
         start(
-            norm_rope_kernel, (triton.cdiv(S, rows), B), x, weight, cos, sin, out, S, x.stride(0), x.stride(1), eps,
-            C=C, D=D, CHUNK=chunk, ROWS=rows, NORM=weight is not None, ROPE=cos is not None,
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
+            norm_rope_kernel, (S, B), x, weight, cos, sin, out, S, x.stride(0), x.stride(1), eps,
+            D=D, NORM=weight is not None, ROPE=cos is not None, enable_fp_fusion=True, **row_meta(C),
         )  # fmt: skip
     return out
 

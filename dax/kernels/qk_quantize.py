@@ -2,24 +2,15 @@
 
 A query has a scale per token and head, and goes from its projection to int8 in one pass. Keys have one per 128 tokens
 and head, and are first shifted by their mean over all tokens: softmax does not see it, and it carries most of their
-range. Both sides go through the same orthogonal transform of a head's channels, which leaves q k^T as it is and spreads
-a loud channel over 32 (Hadamard, as in QuaRot, arXiv:2404.00456).
+range. Both sides go through the same orthogonal transform of a head's channels (hadamard.py).
 """
 
 import torch
 
+from dax.kernels.hadamard import mixed, transformed
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
-from dax.kernels.qk_norm_rope import (
-    angles,
-    chunk_of,
-    inverse_rms,
-    normed_turned,
-    qk_norm_rope_reference,
-    rotary_table,
-    rows_of,
-    table_of,
-)
+from dax.kernels.qk_norm_rope import qk_norm_rope_reference, rotary_table, rows_of, table_of
 from dax.kernels.start import start
 
 TILE = 128  # keys that share a scale, and what attention takes at a time
@@ -74,20 +65,6 @@ def codes(x):
     return x.nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8).contiguous()
 
 
-def transformed(x: torch.Tensor) -> torch.Tensor:
-    """Hadamard over 8 neighbouring channels and over the four quarters of a head: x [..., D] fp32, orthogonal."""
-    parts = x.unflatten(-1, (4, -1, 8))
-    return torch.einsum("...qgn,qp,nm->...pgm", parts, hadamard(4, x.device), hadamard(8, x.device)).flatten(-3)
-
-
-def hadamard(size: int, device) -> torch.Tensor:
-    """[size, size] fp32, symmetric and its own inverse."""
-    matrix = torch.ones(1, 1, device=device)
-    while len(matrix) < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix * size**-0.5
-
-
 def num_tiles(tokens: int) -> int:
     return -(-tokens // TILE)
 
@@ -98,31 +75,24 @@ def larger(a, b):
 
 
 @triton.jit
-def butterflies(x, COLUMNS: tl.constexpr):
-    """Over each 8 neighbouring columns of x [R, COLUMNS], without the factor 8^-0.5: all within a thread."""
-    for level in tl.static_range(3):
-        a, b = tl.split(x.reshape(x.shape[0], COLUMNS // (2 << level), 2, 1 << level).permute(0, 1, 3, 2))
-        x = tl.join(a + b, a - b).permute(0, 1, 3, 2).reshape(x.shape[0], COLUMNS)
-    return x
-
-
-@triton.jit
-def mixed(a, b, c, d, COLUMNS: tl.constexpr):
-    """The transform of four quarters, each [R, COLUMNS], without its factor 32^-0.5."""
-    a, b, c, d = a + b, a - b, c + d, c - d
-    a, b, c, d = a + c, b + d, a - c, b - d
-    return butterflies(a, COLUMNS), butterflies(b, COLUMNS), butterflies(c, COLUMNS), butterflies(d, COLUMNS)
-
-
-@triton.jit
 def largest(a, b, c, d):
     return larger(larger(tl.abs(a), tl.abs(b)), larger(tl.abs(c), tl.abs(d)))
 
 
 @triton.jit
 def rounded(x):
-    """To the nearest integer, ties to even, as int8: adding 1.5 x 2^23 leaves it in the lowest byte."""
-    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    """To the nearest integer, ties to even: adding 1.5 x 2^23 leaves it in the lowest byte."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def pairs(X, at):
+    """Columns 2 at and 2 at + 1 from X on, both fp32. Two of bf16 are one word, and either half is that of an fp32."""
+    if X.dtype.element_ty == tl.bfloat16:
+        word = tl.load(X.to(tl.pointer_type(tl.int32), bitcast=True) + at)
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        return tl.load(X + 2 * at).to(tl.float32), tl.load(X + 2 * at + 1).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -130,33 +100,50 @@ def q_quantize_kernel(
     Q, Weight, Cos, Sin, Codes, Scales, S, stride_b, stride_s, eps, fold,
     C: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
+    """Everything in pairs of columns. The first level of the transform takes a pair to its sum and its difference, so
+    it is in the rotation: (e, o) -> (e (c + s) + o (c - s), e (c - s) - o (c + s))."""
     HEADS: tl.constexpr = CHUNK // D
-    WIDTH: tl.constexpr = D // 4  # of a quarter of a head
-    COLUMNS: tl.constexpr = HEADS * WIDTH
-    token = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), S - 1)  # beyond the end: the last once more
+    WIDTH: tl.constexpr = D // 8  # pairs of a quarter of a head
+    N: tl.constexpr = HEADS * WIDTH
+    token = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), S - 1)[:, None]  # beyond the end: the last again
     batch = tl.program_id(1).to(tl.int64)
-    row = Q + batch * stride_b + token.to(tl.int64)[:, None] * stride_s
-    inverse = inverse_rms(row, eps, C, CHUNK, NORM)
-    n = tl.arange(0, COLUMNS)
-    column = n // WIDTH * D + n % WIDTH
-    turns = ()
+    row = Q + batch * stride_b + token.to(tl.int64) * stride_s
+    n = tl.arange(0, N)
+    pair = n // WIDTH * (D // 2) + n % WIDTH
+    squares = tl.zeros((ROWS, N), tl.float32)
+    if NORM:
+        for j in tl.static_range(C // (2 * N)):
+            even, odd = pairs(row, (j * N + n)[None, :])
+            squares += even * even
+            squares += odd * odd
+    inverse = tl.rsqrt(tl.sum(squares, 1) / C + eps)[:, None] if NORM else 1.0
+    plus, minus = (), ()
     for i in tl.static_range(4):
-        angle = (token * D)[:, None] + (column % D + i * WIDTH)[None, :]
-        turns = turns + (angles(Cos, angle, ROPE), angles(Sin, angle, ROPE))
-    for j in tl.static_range(C // CHUNK):
-        y = ()
+        angle = token * D + 2 * (pair % (D // 2) + i * WIDTH)[None, :]
+        cos, sin = (tl.load(Cos + angle), tl.load(Sin + angle)) if ROPE else (1.0, 0.0)
+        plus, minus = plus + (cos + sin,), minus + (cos - sin,)
+    out = Codes.to(tl.pointer_type(tl.int16), bitcast=True)  # two codes at a time
+    for j in range(C // CHUNK):  # not unrolled: five times the code took 2 s to compile
+        u, v = (), ()
         for i in tl.static_range(4):
-            at = column + j * CHUNK + i * WIDTH
-            y = y + (normed_turned(row, at, Weight, turns[2 * i], turns[2 * i + 1], NORM, ROPE),)
-        y = mixed(y[0], y[1], y[2], y[3], COLUMNS)
-        reach = tl.reduce(largest(y[0], y[1], y[2], y[3]).reshape(ROWS, HEADS, WIDTH), 2, larger)
+            at = j * (CHUNK // 2) + i * WIDTH + pair
+            even, odd = pairs(row, at[None, :])
+            if NORM:
+                even_weight, odd_weight = pairs(Weight, at)
+                even, odd = even * even_weight[None, :], odd * odd_weight[None, :]
+            u += (even * plus[i] + odd * minus[i],)
+            v += (even * minus[i] - odd * plus[i],)
+        u, v = mixed(u[0], u[1], u[2], u[3], N, 1), mixed(v[0], v[1], v[2], v[3], N, 1)
+        reach = larger(largest(u[0], u[1], u[2], u[3]), largest(v[0], v[1], v[2], v[3]))
+        reach = tl.reduce(reach.reshape(ROWS, HEADS, WIDTH), 2, larger)
         step = larger(reach / 127, 1e-20 + reach * 0.0)
-        head = batch * (C // D) + j * HEADS + tl.arange(0, HEADS)[None, :]
-        tl.store(Scales + head * S + token[:, None], step * inverse * fold)
-        out = Codes + (head * S + token[:, None])[:, :, None] * D + tl.arange(0, WIDTH)[None, None, :]
+        where = (batch * (C // D) + j * HEADS + tl.arange(0, HEADS)[None, :]) * S + token
+        tl.store(Scales + where, step * inverse * fold)
+        where = where[:, :, None] * (D // 2) + tl.arange(0, WIDTH)[None, None, :]
         for i in tl.static_range(4):
-            value = y[i].reshape(ROWS, HEADS, WIDTH) * (1.0 / step)[:, :, None]
-            tl.store(out + i * WIDTH, rounded(value))
+            low = rounded(u[i].reshape(ROWS, HEADS, WIDTH) * (1.0 / step)[:, :, None])
+            high = rounded(v[i].reshape(ROWS, HEADS, WIDTH) * (1.0 / step)[:, :, None])
+            tl.store(out + where + i * WIDTH, ((low & 0xFF) | (high << 8)).to(tl.int16))
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -173,7 +160,7 @@ def k_quantize_kernel(
     y = ()
     for i in tl.static_range(4):
         y = y + (tl.load(at + i * WIDTH).to(tl.float32) - tl.load(mean + i * WIDTH)[None, :],)
-    y = mixed(y[0], y[1], y[2], y[3], WIDTH)
+    y = mixed(y[0], y[1], y[2], y[3], WIDTH, 0)
     reach = tl.reduce(tl.reduce(largest(y[0], y[1], y[2], y[3]), 1, larger), 0, larger)
     step = larger(reach / 127, 1e-20 + reach * 0.0)
     where = (batch * tl.num_programs(0) + head) * tl.num_programs(1) + tile
@@ -181,7 +168,19 @@ def k_quantize_kernel(
     inverse = 1.0 / step
     out = Codes + where * TILE * D + tl.arange(0, TILE)[:, None] * D + columns[None, :]
     for i in tl.static_range(4):
-        tl.store(out + i * WIDTH, rounded(y[i] * inverse))
+        tl.store(out + i * WIDTH, rounded(y[i] * inverse).to(tl.int8))
+
+
+def chunk_of(C: int, D: int) -> int:
+    """Columns taken at a time: as many whole heads as a power of two divides them into, at most 1024 columns."""
+    heads = C // D
+    return min(D * (heads & -heads), max(1024, D))
+
+
+def words_of(x: torch.Tensor) -> torch.Tensor:
+    """x itself if its columns lie side by side and every row begins with a whole 32-bit word, else a copy."""
+    whole = x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and not any(stride % 2 for stride in x.stride()[:-1])
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
 def launch_q_quantize(
@@ -195,7 +194,8 @@ def launch_q_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, S, C = q.shape
     D = C // heads
-    q, cos, sin = rows_of(q), table_of(cos), table_of(sin)
+    q, cos, sin = words_of(q), table_of(cos), table_of(sin)
+    weight = None if weight is None else words_of(weight)
     quantized = torch.empty(B, heads, S, D, device=q.device, dtype=torch.int8)
     scales = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
     chunk = chunk_of(C, D)
@@ -224,16 +224,16 @@ def launch_k_quantize(k: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor
     return quantized, steps
 
 
-def q_case(B, s, H, D, *, fused=False, turn=True, dtype=torch.bfloat16, loud=1.0):
+def q_case(B, s, H, D, *, fused=False, turn=True, dtype=torch.bfloat16, loud=1.0, odd=0):
     def arguments(generator, device):
         def gaussian(*shape):
             return torch.randn(*shape, generator=generator, device=device)
 
-        q = gaussian(B, s, (3 if fused else 1) * H * D)
+        q = gaussian(B, s, (3 if fused else 1) * H * D + odd)
         q[..., 5] *= loud
-        q = q.to(dtype)
+        q = q.to(dtype)[..., odd:]
         q = q.chunk(3, dim=-1)[0] if fused else q
-        weight = 1 + 0.2 * gaussian(H * D) if turn else None
+        weight = (1 + 0.2 * gaussian(H * D)).to(dtype) if turn else None
         return q, H, D**-0.5, weight, *(rotary_table(s, D, device) if turn else (None, None))
 
     return arguments
@@ -258,6 +258,7 @@ Q_QUANTIZE = define(
         "63 of a fused projection": q_case(2, 63, 4, 64, fused=True, loud=20.0),
         "257, finished before": q_case(1, 257, 2, 128, turn=False),
         "130 of five heads": q_case(1, 130, 5, 64, dtype=torch.float16),
+        "rows that begin at odd columns": q_case(1, 65, 8, 128, odd=1),
     },
     cost=lambda q, heads, scale, *turn: Cost(30 * q.numel(), (q.element_size() + 1) * q.numel(), "fp32"),
     exact=lambda q, heads, scale, *turn: (

@@ -52,9 +52,13 @@ class Board:
         self.write()
 
     def write(self) -> None:
-        text = self.stage.encode()[: SLOT - HEAD.size]
-        head = HEAD.pack(time.monotonic(), self.patience_s, self.exchanges, os.getpid(), len(text))
-        start = self.rank * SLOT
+        self.put(self.rank, Entry(time.monotonic(), self.patience_s, self.exchanges, os.getpid(), self.stage))
+
+    def put(self, rank: int, entry: Entry) -> None:
+        """Write a rank's slot."""
+        text = entry.stage.encode()[: SLOT - HEAD.size]
+        head = HEAD.pack(entry.at, entry.patience_s, entry.exchanges, entry.pid, len(text))
+        start = rank * SLOT
         self.memory[start : start + HEAD.size + len(text)] = head + text
 
     def read(self, rank: int) -> Entry | None:

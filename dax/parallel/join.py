@@ -14,7 +14,8 @@ from pathlib import Path
 from dax.errors import DaxError
 from dax.parallel import board
 from dax.parallel.board import LOADING_S
-from dax.parallel.launch import Watch
+from dax.parallel.launch import ECHO_S, Watch
+from dax.parallel.nodes import Nodes
 from dax.parallel.planner import Ranks
 
 NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -91,9 +92,9 @@ def joined(here: Place, device: str, agreed: dict[str, str]):
     import torch.distributed as dist
 
     spawned = board.PATH in os.environ
-    watch = None if spawned else watched(here)
     timeout = timedelta(seconds=LOADING_S)
     store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
+    watch = None if spawned else watched(here, store)
     agree(dist.PrefixStore("dax", store), rank, agreed)
     if device == "cuda":
         torch.cuda.set_device(here.local_rank)
@@ -104,6 +105,8 @@ def joined(here: Place, device: str, agreed: dict[str, str]):
         yield
     except RuntimeError as error:
         if not spawned and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            if watch:
+                watch.thread.join(ECHO_S)  # this may only echo what it is about to tell
             first = next(iter(str(error).splitlines()), "")
             raise DaxError("rank_failed", f"rank {rank} lost the others: {first}") from error
         raise  # of spawned ranks, the parent tells which was lost
@@ -114,17 +117,31 @@ def joined(here: Place, device: str, agreed: dict[str, str]):
         watch.stop()
 
 
-def watched(here: Place) -> Watch | None:
-    """Under torchrun nobody looks: then the ranks of one machine look at each other. None on several machines.
+def watched(here: Place, store) -> Watch | None:
+    """Under torchrun nobody looks: then the ranks of one machine look at each other, and the first of each machine at
+    the other machines. None where that was not torchrun.
 
     The page is named after torchrun's own process, so that no other run has it.
     """
-    if os.environ.get("LOCAL_WORLD_SIZE") != str(here.count):
+    local, node = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_RANK")
+    alone = local == str(here.count)
+    if local is None or not (alone or node):
         return None
     path = Path(tempfile.gettempdir()) / f"dax-board-{os.getppid()}"
     os.environ |= {board.PATH: str(path), board.COUNT: str(here.count)}
     atexit.register(path.unlink, missing_ok=True)
-    return Watch(board.mine(), lambda line: print(f"dax: {line}", file=sys.stderr, flush=True))
+    mine, nodes = board.mine(), None
+    if not alone and here.local_rank == 0:
+        own = range(here.rank, here.rank + int(local))
+        nodes = Nodes(mine, own_connection(store), int(node), int(os.environ["GROUP_WORLD_SIZE"]), own)
+    return Watch(mine, lambda line: print(f"dax: {line}", file=sys.stderr, flush=True), nodes=nodes)
+
+
+def own_connection(store):
+    """The run's store once more, for a thread that must not wait while another one does."""
+    from torch.distributed import PrefixStore
+
+    return PrefixStore("dax nodes", store.clone())
 
 
 def agree(store, rank: int, mine: dict[str, str]) -> None:

@@ -46,6 +46,7 @@ def run_ranks(task: Callable, args: tuple, count: int):
             run_id=Path(folder).name,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",  # any free port: two runs never meet
+            local_addr="localhost",  # what ranks connect to: no name of this machine has to resolve
             max_restarts=0,
             monitor_interval=0.1,
             start_method="spawn",
@@ -155,7 +156,9 @@ def failure(failures: dict, board: Board, verdict: tuple[int, str] | None, folde
             return DaxError("rank_failed", f"rank {gone[0]} vanished {stage(gone[0])}: all {board.count} ranks ended")
         if cause["told"]:
             return DaxError(cause["code"], cause["said"])
-        return DaxError("rank_failed", f"rank {rank}, {stage(rank)}: {cause['said']}")
+        error = DaxError("rank_failed", f"rank {rank}, {stage(rank)}: {cause['said']}")
+        error.add_note(cause["traceback"])  # which -v shows
+        return error
     rank, found = min(failures.items())
     return DaxError("rank_failed", f"rank {rank} ended with exit code {found.exitcode} {stage(rank)}")
 
@@ -176,10 +179,15 @@ def process_exists(pid: int) -> bool:
 
 
 class Watch:
-    """A thread that looks at the board and kills the rank that holds the others up. `tell` gets the line about it."""
+    """A thread that looks at the board and kills the rank that holds the others up. `tell` gets the line about it.
 
-    def __init__(self, board: Board, tell: Callable[[str], None] = lambda line: None, interval_s: float = 0.25):
-        self.board, self.tell, self.interval_s = board, tell, interval_s
+    nodes   the other machines, where there are any: a rank of theirs is theirs to kill, and this process ends itself
+    """
+
+    def __init__(
+        self, board: Board, tell: Callable[[str], None] = lambda line: None, interval_s: float = 0.25, nodes=None
+    ):
+        self.board, self.tell, self.interval_s, self.nodes = board, tell, interval_s, nodes
         self.verdict: tuple[int, str] | None = None
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.look, daemon=True)
@@ -187,15 +195,30 @@ class Watch:
 
     def look(self) -> None:
         while not self.over.wait(self.interval_s):
-            rank = self.board.hung()
-            if rank is not None:
+            self.verdict = self.judged()
+            if self.verdict:
+                rank, said = self.verdict
+                self.tell(f"rank {rank} {said}")
                 entry = self.board.read(rank)
-                self.verdict = rank, f"hangs: no progress for {time.monotonic() - entry.at:.0f} s during {entry.stage}"
-                self.tell(f"rank {rank} {self.verdict[1]}")
+                if entry is None or entry.pid <= 0:
+                    os._exit(EXIT_CODES["rank_failed"])  # of another machine: whoever waits for it here waits forever
                 with suppress(ProcessLookupError):
                     os.kill(entry.pid, signal.SIGKILL)
                 return
 
+    def judged(self) -> tuple[int, str] | None:
+        """(the rank that is lost or hangs, what to say of it), or None."""
+        if self.nodes and (lost := self.nodes.exchange()):
+            return lost
+        rank = self.board.hung()
+        if rank is None:
+            return None
+        entry = self.board.read(rank)
+        return rank, f"hangs: no progress for {time.monotonic() - entry.at:.0f} s during {entry.stage}"
+
     def stop(self) -> None:
         self.over.set()
         self.thread.join()
+        if self.nodes:
+            with suppress(RuntimeError):  # the others may have gone
+                self.nodes.tell()

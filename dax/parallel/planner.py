@@ -191,8 +191,10 @@ def copy_s(facts: Facts, tokens: int, topology: Topology, cluster: Cluster, wire
     if sequence == 1:
         return 0.0
     share = tokens * facts.width / sequence
-    packed = (u > 1) * share + 2 * share * r  # q goes to one row, k and v to all
-    laid_out = ((u > 1) * share + 2 * share * r) if wire_bytes == 1 else 0.0
+    whole = (u > 1) * share + 2 * share * r  # q goes to one row, k and v to all
+    packed, laid_out = whole, 0.0
+    if wire_bytes == 1:  # joined on arrival, where this rank's own part waits
+        packed, laid_out = whole - (u > 1) * share / u - 2 * share / u, whole
     return 2 * (wire_bytes * (packed + laid_out) + 2 * share) / cluster.memory
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
+from torch.compiler import is_compiling
 
 from dax.parallel.topology import Layout
 from dax.parallel.wire import as_bytes, start_gather
@@ -27,6 +28,11 @@ class Axes:
     per: int = 1
     query: bool = False
 
+    @property
+    def last(self) -> int:
+        """The later of the two dimensions."""
+        return max(self.heads, self.tokens or 0)
+
 
 def to_heads(wire, layout: Layout, operands: list, axes: list[Axes], chunk: int = 0, chunks: int = 1) -> Callable:
     """Start to exchange this rank's tokens of all heads for all tokens of its column's heads, in one all-to-all.
@@ -34,11 +40,12 @@ def to_heads(wire, layout: Layout, operands: list, axes: list[Axes], chunk: int 
     operands  tensors with this rank's share of the tokens and all heads
     returns   a function that waits and gives them with the tokens of the row (queries) or all tokens (keys), and the
               heads of chunk `chunk`
-    One copy to pack. What arrives alone is a view; what arrives with others is copied once more, into its own order.
+    One copy to pack. What arrives alone is a view; what arrives with others is copied once more, into its own order;
+    this rank's own part is then copied but once.
     """
     rank, columns, peers = wire.rank, layout.ulysses, layout.peers(wire.rank)
     dtypes = [x.dtype for x in operands]
-    operands = [x.view(torch.uint8) if x.element_size() == 1 else x for x in operands]  # copied as bytes
+    operands = [words(x, axis) for x, axis in zip(operands, axes)]
     pieces: list[list] = [[] for _ in range(layout.ranks)]  # for each rank, a piece of every operand
     rows: list[list[int]] = [[] for _ in range(layout.ranks)]  # from each rank, entries along the tokens
     for x, axis in zip(operands, axes):
@@ -53,6 +60,8 @@ def to_heads(wire, layout: Layout, operands: list, axes: list[Axes], chunk: int 
     widths = [prod(piece.shape[1:]) * piece.element_size() for piece in mine]
     sizes = [[piece.numel() * piece.element_size() for piece in each] for each in pieces]
     coming = [[count * width for count, width in zip(each, widths)] for each in rows]
+    if len(mine) > 1:  # what is joined on arrival needs no way through the wire to itself
+        pieces[rank], sizes[rank], coming[rank] = [], [], []
     send = pack([piece for each in pieces for piece in each], [size for each in sizes for size in each])
     handle = wire.issue(send, [sum(each) for each in sizes], [sum(each) for each in coming])
 
@@ -60,13 +69,14 @@ def to_heads(wire, layout: Layout, operands: list, axes: list[Axes], chunk: int 
         received = wire.wait(handle)
         if len(mine) == 1:
             entries = sum(each[0] for each in rows)
-            whole = received.view(dtypes[0]).view(entries, *mine[0].shape[1:])
-            return [whole.movedim(0, axes[0].tokens)]
+            whole = received.view(mine[0].dtype).view(entries, *mine[0].shape[1:])
+            return [whole.movedim(0, axes[0].tokens).view(dtypes[0])]
         parts = iter(received.split([size for each in coming for size in each]))
         arrived: list[list] = [[] for _ in mine]
         for source in range(layout.ranks):
-            for i, piece in enumerate(mine):
-                part = next(parts).view(piece.dtype).view(rows[source][i], *piece.shape[1:])
+            for i, part in enumerate(mine):
+                if source != rank:
+                    part = next(parts).view(part.dtype).view(rows[source][i], *part.shape[1:])
                 arrived[i].append(part.movedim(0, axes[i].tokens))
         return [torch.cat(found, axis.tokens).view(dtype) for found, axis, dtype in zip(arrived, axes, dtypes)]
 
@@ -95,12 +105,27 @@ def to_tokens(wire, layout: Layout, o: torch.Tensor, chunk: int = 0, chunks: int
     handle = wire.issue(as_bytes(o.transpose(0, 1).contiguous()), send_sizes, receive_sizes)
 
     def arrive(into: torch.Tensor) -> None:
-        received = wire.wait(handle).view(o.dtype).split([tokens[rank] * B * count * D for count in counts])
+        into = words(into, Axes(1, 2))
+        row = tokens[rank] * B * into.shape[-1]
+        received = wire.wait(handle).view(into.dtype).split([row * count for count in counts])
         for column, part in enumerate(received):
             start, end = layout.head_chunk(column, chunk, chunks)
-            into[:, :, start:end] = part.view(tokens[rank], B, end - start, D).transpose(0, 1)
+            into[:, :, start:end] = part.view(tokens[rank], B, end - start, into.shape[-1]).transpose(0, 1)
 
     return arrive
+
+
+def words(x: torch.Tensor, axis: Axes) -> torch.Tensor:
+    """The tensor as one that is copied faster, no copy: a strided copy costs a GPU by the element, not by the byte.
+
+    In 32-bit words, where the last dimension is neither tokens nor heads and its rows lie on words; else 8 bits as
+    bytes, all else as it is. A compiler makes copies of its own.
+    """
+    ratio = 4 // x.element_size()
+    if ratio > 1 and axis.last < x.ndim - 1 and x.stride(-1) == 1 and not is_compiling():
+        if all(place % ratio == 0 for place in (*x.stride()[:-1], x.storage_offset(), x.shape[-1])):
+            return x.view(torch.int32)
+    return x.view(torch.uint8) if x.element_size() == 1 else x
 
 
 def pack(parts: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
@@ -191,7 +216,8 @@ class Exchange:
                 groups.setdefault(i if axis.tokens < axis.heads else -1, []).append(i)
         waits = []
         for members in groups.values():
-            members.sort(key=lambda i: -self.operands[i].element_size())  # every part begins on a boundary of its type
+            # every part begins on a boundary of its type
+            members.sort(key=lambda i: -words(self.operands[i], self.axes[i]).element_size())
             chosen = [self.operands[i] for i in members], [self.axes[i] for i in members]
             waits.append((members, to_heads(self.wire, layout, *chosen, chunk, self.chunks)))
 

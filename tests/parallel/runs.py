@@ -47,7 +47,12 @@ def wait_forever(path):
     time.sleep(300)
 
 
-if __name__ == "__main__":  # a run of its own, for whoever kills it
+if __name__ == "__main__":  # a run of its own, for whoever kills it; with a fault, a rank of torchrun's
+    from dax.errors import DaxError
     from dax.parallel.launch import run_ranks
 
-    run_ranks(wait_forever, (sys.argv[1],), 2)
+    try:
+        meet(*sys.argv[1:]) if sys.argv[2:] else run_ranks(wait_forever, (sys.argv[1],), 2)
+    except DaxError as error:
+        print(f"dax: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,9 +1,11 @@
 """The overlap survives torch.compile: the generated code starts each exchange early and waits for it late."""
 
 import re
+from unittest import mock
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from dax.attention.backend import Turn, backend_of
 from dax.compile import OVERLAP
@@ -32,8 +34,6 @@ def two_ranks_on_paper():
 
 def generated_order(wire, chunks: int, options) -> list[tuple[str, int]]:
     """[("start", 0), ("wait", 0), ...] in the order of the compiled code; exchanges are numbered as they start."""
-    from torch._inductor.utils import run_and_get_code
-
     sequence = Sequence(wire, H, 2, 1)
     sequence.begin(S)
     backend = shared(backend_of("sdpa"), sequence, chunks)
@@ -46,6 +46,10 @@ def generated_order(wire, chunks: int, options) -> list[tuple[str, int]]:
     torch.compiler.reset()
     compiled = torch.compile(attention, fullgraph=True, options=options)
     _, (code,) = run_and_get_code(lambda: compiled(torch.randn(1, S // 2, H * D), torch.randn(4, H * D, H * D)))
+    return steps_of(code)
+
+
+def steps_of(code: str) -> list[tuple[str, int]]:
     found, numbers = [], {}
     for line in code.splitlines():
         for pattern, step in STEPS.items():
@@ -68,3 +72,29 @@ def test_the_order_would_be_lost_without_the_option(two_ranks_on_paper):
     order = generated_order(two_ranks_on_paper, 2, None)
     started = [number for step, number in order[: order.index(("attend", 0))] if step == "start"]
     assert len(started) == 3, "Inductor keeps the order by itself: OVERLAP can go"
+
+
+def test_what_auto_chooses_survives_in_a_compiled_block(two_ranks_on_paper):
+    """From the plan to the generated code of Wan's own block: every chunk's exchange starts before the attention that
+    hides it, and the last output is waited for after the last attention."""
+    import dax
+    from dax.parallel.planner import Cluster, Link
+    from tests.parallel.tasks import build_pipe
+
+    slow = Cluster(1e12, 1e9, 1e12, 1e12, 20, 2, Link(0.0, 1e9), Link(0.0, 1e9))  # attention hides all but the ends
+    transformer = build_pipe(heads=6).transformer
+    parallel = {"cfg": 1, "ulysses": 2, "overlap": "auto", "wire": "plain", "vae": "none"}
+    torch.compiler.reset()
+    with mock.patch("dax.parallel.planner.cluster_of", return_value=slow):
+        engine = dax.optimize(transformer, attention={"kernel": "sdpa"}, compile="blocks", parallel=parallel)
+    latents, text = torch.randn(1, 16, 3, 10, 6), torch.randn(1, 5, 32)
+    with engine, torch.no_grad():
+        _, (code, *_) = run_and_get_code(lambda: transformer(latents, torch.tensor([500]), text))
+    chunks, order = engine.plan.parallel.overlap, steps_of(code)
+    assert chunks > 2, "auto hides nothing here: the test would see nothing"
+    attentions = [index for index, (step, _) in enumerate(order) if step == "attend"]
+    assert len(attentions) >= chunks
+    for chunk in range(chunks - 1):
+        started = sum(step == "start" for step, _ in order[: attentions[chunk]])
+        waited = sum(step == "wait" for step, _ in order[: attentions[chunk]])
+        assert started >= 3 * (chunk + 2) + chunk - 1 and waited <= 3 * (chunk + 1) + chunk

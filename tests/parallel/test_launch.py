@@ -1,5 +1,7 @@
 """Ranks that die, raise, hang or disagree end the run in seconds, in one line that names rank, stage and cause."""
 
+import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,7 @@ from dax.errors import DaxError
 from dax.parallel.board import Board
 from dax.parallel.join import agree, check_gpus, place
 from dax.parallel.launch import FOLDER, clear_up, failure, run_ranks, write_cause
+from dax.parallel.nodes import ELSEWHERE, SILENT_S, Nodes
 from tests.parallel import runs
 
 BUDGET_S = 5.0  # from the fault to the line, the promise of the contract
@@ -73,6 +76,7 @@ def test_a_rank_that_is_gone_is_named(failing, fault, line):
 def test_the_first_cause_is_told_and_no_other(failing):
     error, seconds = failing("raise")
     assert str(error) == "rank 1, during round 2: ValueError: the dog ate it" and error.exit_code == 7
+    assert "in strike" in error.__notes__[0], "what -v shows"
     assert seconds < BUDGET_S
 
 
@@ -97,6 +101,96 @@ def test_a_refusal_keeps_its_code_and_echoes_are_not_told(tmp_path):
 def test_a_rank_that_hangs_is_named(failing):
     error, seconds = failing("hang")
     assert str(error).startswith("rank 1 hangs: no progress for 2 s during round 2") and error.exit_code == 7
+
+
+@pytest.mark.fault(48)
+def test_a_rank_that_hangs_on_another_machine_is_named(tmp_path):
+    """Two agents of torchrun, a rank each: both nodes end, and the one that only waits says who hangs, where, and ends
+    with 7."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        address = f"localhost:{found.getsockname()[1]}"
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+    start += [
+        f"--rdzv-endpoint={address}",
+        "--rdzv-id=two",
+        "-m",
+        "tests.parallel.runs",
+        "hang",
+        str(tmp_path / "note"),
+    ]
+    nodes = [subprocess.Popen(start, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [node.communicate(timeout=60)[1] for node in nodes]
+    seconds = time.monotonic() - float((tmp_path / "note").read_text())
+    print(f"{seconds:.1f} s from the fault to the end of both nodes")
+    waiting = next(text for text in said if "exitcode  : 7" in text)
+    assert "dax: rank 1 hangs: no progress for 2 s during round 2" in waiting
+    assert all(node.returncode for node in nodes) and seconds < 30  # of torchrun's own ways to end
+
+
+@pytest.fixture
+def two_nodes(tmp_path):
+    """Two machines of two ranks each: (their Nodes, the boards of their ranks)."""
+    from torch.distributed import HashStore
+
+    store, nodes, ranks = HashStore(), [], []
+    for node in range(2):
+        own = range(2 * node, 2 * node + 2)
+        ranks += [Board(tmp_path / f"node{node}", 4, rank) for rank in own]
+        nodes.append(Nodes(ranks[own.start], store, node, 2, own))
+    return nodes, ranks
+
+
+@pytest.mark.fault(48)
+def test_what_other_machines_say_stands_on_the_board(two_nodes, monkeypatch):
+    nodes, ranks = two_nodes
+    for board in ranks:
+        board.enter("denoise step 3 of 50", patience_s=60)
+    assert ranks[0].hung() is None and [node.exchange() for node in (*nodes, nodes[0])] == [None] * 3
+    for board in (ranks[0], ranks[1], ranks[3]):
+        board.tick()
+    assert [node.exchange() for node in (*nodes, nodes[0])] == [None] * 3
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    nodes[1].tell()
+    for node in nodes:
+        assert node.exchange() is None, "both nodes speak, whatever their ranks do"
+    assert ranks[0].hung() == ranks[3].hung() == 2
+    assert ranks[0].read(2).pid == ELSEWHERE and ranks[3].read(2).pid == os.getpid()
+    ranks[3].tick()
+    nodes[1].exchange()
+    assert nodes[0].exchange() is None and ranks[0].hung() is None, "progress on another machine counts"
+
+
+@pytest.mark.fault(46)
+def test_a_machine_that_falls_silent_is_lost(two_nodes, monkeypatch):
+    nodes, ranks = two_nodes
+    ranks[2].enter("decode")
+    for node in (nodes[1], nodes[0]):
+        node.exchange()
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + SILENT_S + 1)
+    assert nodes[0].exchange() == (2, "and its node are lost: silent for 11 s, last seen during decode")
+    ranks[2].enter("done")
+    nodes[1].tell()
+    assert nodes[0].exchange() is None
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3 * SILENT_S)
+    assert nodes[0].exchange() is None, "it has finished"
+    nodes[0].store = mock.Mock(set=mock.Mock(side_effect=RuntimeError("Connection refused\nat")))
+    assert nodes[0].exchange() == (0, "and its node are lost: Connection refused")
+    ranks[0].enter("done")
+    assert nodes[0].exchange() is None, "this one has finished, too"
+
+
+def test_no_process_here_dies_for_a_rank_elsewhere(tmp_path):
+    """Its number on another machine is somebody else's here."""
+    code = (
+        "import time\nfrom dax.parallel.board import Board, Entry\nfrom dax.parallel.launch import Watch\n"
+        f"board = Board({str(tmp_path / 'board')!r}, 2, 0)\nboard.put(1, Entry(0.0, 0.0, 0, -1, 'load'))\n"
+        "board.tick()\nboard.enter('load', 0.0)\nWatch(board, print)\ntime.sleep(30)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 7 and ended.stdout.startswith("rank 1 hangs: no progress")
 
 
 @pytest.mark.fault(50)

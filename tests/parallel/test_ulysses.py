@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dax.parallel.ulysses import Axes, words
 from tests.parallel import tasks
 
 LAYOUTS = [  # ranks, B, S, H, ulysses, rows, align, chunks
@@ -107,3 +108,14 @@ def test_the_planner_knows_what_is_hidden(ranks, chunks, link):
 def test_queries_are_quantised_while_the_statistics_travel(ranks):
     for events in ranks(2).run(tasks.order_of_int8):
         assert events == ["issue", "Q_QUANTIZE", "wait", "K_QUANTIZE", "V_QUANTIZE", "issue"]
+
+
+def test_rows_of_features_are_copied_as_words():
+    """Not where a row does not lie on words: there the values would be torn."""
+    axis, x = Axes(1, 2), torch.arange(240, dtype=torch.int8).view(1, 5, 4, 12)
+    assert words(x, axis).dtype == torch.int32 and torch.equal(words(x, axis).view(torch.int8), x)
+    assert words(x[..., 1:9], axis).dtype == words(x[..., :6], axis).dtype == torch.uint8
+    assert words(x[0], Axes(0, 1)).dtype == torch.int32 and words(x[0], Axes(1, 2)).dtype == torch.uint8
+    halves = x.to(torch.bfloat16)
+    assert words(halves, axis).dtype == torch.int32 and words(halves[..., 1:], axis).dtype == torch.bfloat16
+    assert words(halves[:, 1:], axis).dtype == torch.int32 and words(x.float(), axis).dtype == torch.float32
