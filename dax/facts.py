@@ -15,8 +15,8 @@ from dax.errors import DaxError, nearest
 SUPPORTED = (
     "Wan2.1 text-to-video (WanPipeline with one 16-channel WanTransformer3DModel), image-to-video and "
     "first-last-frame (WanImageToVideoPipeline with 36 channels and image tokens), Wan2.2 TI2V-5B (either pipeline "
-    "with 48 channels and expand_timesteps), Wan2.2 A14B (either, with two experts, a boundary_ratio and no image "
-    "tokens), Wan2.1 VACE (WanVACEPipeline with one WanVACETransformer3DModel)"
+    "with 48 channels and expand_timesteps), text- and image-to-video of Wan2.2 A14B (two experts, a boundary_ratio, "
+    "no image tokens), Wan2.1 VACE (WanVACEPipeline with one WanVACETransformer3DModel)"
 )
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
 COMPONENTS = {  # of a pipeline folder: library, classes
