@@ -14,10 +14,11 @@ from dax.errors import DaxError, nearest
 
 SUPPORTED = (
     "Wan2.1 text-to-video (WanPipeline with one 16-channel WanTransformer3DModel), image-to-video and "
-    "first-last-frame (WanImageToVideoPipeline with 36 channels and image tokens), "
-    "text- and image-to-video of Wan2.2 A14B (two experts, a boundary_ratio, no image tokens)"
+    "first-last-frame (WanImageToVideoPipeline with 36 channels and image tokens), Wan2.2 TI2V-5B (either pipeline "
+    "with 48 channels and expand_timesteps), text- and image-to-video of Wan2.2 A14B (two experts, a boundary_ratio, "
+    "no image tokens), Wan2.1 VACE (WanVACEPipeline with one WanVACETransformer3DModel)"
 )
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
 COMPONENTS = {  # of a pipeline folder: library, classes
     "transformer": ("diffusers", "WanTransformer3DModel"),
     "transformer_2": ("diffusers", "WanTransformer3DModel"),
@@ -26,9 +27,12 @@ COMPONENTS = {  # of a pipeline folder: library, classes
     "tokenizer": ("transformers", "T5Tokenizer(Fast)?"),
     "scheduler": ("diffusers", "[A-Za-z]+Scheduler"),
 }
-IMAGE_COMPONENTS = {  # of image-to-video, beside those
-    "image_encoder": ("transformers", "CLIPVisionModel"),
-    "image_processor": ("transformers", "CLIPImageProcessor(Fast|Pil)?"),
+OWN_COMPONENTS = {  # of a pipeline, beside those or instead
+    "WanImageToVideoPipeline": {
+        "image_encoder": ("transformers", "CLIPVisionModel"),
+        "image_processor": ("transformers", "CLIPImageProcessor(Fast|Pil)?"),
+    },
+    "WanVACEPipeline": {"transformer": ("diffusers", "WanVACETransformer3DModel")},
 }
 CLIP_TOKENS = 257  # of one image: CLIP ViT-H/14 at 224 x 224 and its class token
 
@@ -53,7 +57,9 @@ class Facts:
 
     `patch` is (time, height, width) in latent cells; `vae_temporal` and `vae_spatial` are pixels per latent cell.
     `image_tokens` go before the text's in cross-attention, 0 for text-to-video: CLIP_TOKENS of width `image_dim` for
-    each image; `image_positions` tells whether they get a position embedding, as first-last-frame has.
+    each image; `image_positions` tells whether they get a position embedding, as first-last-frame has. With
+    `token_time` each token has a timestep, and a given first frame stands in the latents at timestep 0.
+    `control_layers` of VACE are the blocks after which a hint is added, each hint from a control block of its own.
     With a `boundary_ratio` there are two experts of these shapes: one for the timesteps from that share of all on, one
     for those below; else None.
     """
@@ -78,6 +84,9 @@ class Facts:
     image_tokens: int = 0
     image_dim: int | None = None
     image_positions: bool = False
+    token_time: bool = False
+    control_layers: tuple[int, ...] = ()
+    control_channels: int = 0
     boundary_ratio: float | None = None
     full_precision: tuple[str, ...] = ("condition_embedder", "proj_out")  # linear layers that 8 bits leave alone
     family: str = "wan-t2v"
@@ -97,6 +106,8 @@ class Facts:
     @property
     def num_images(self) -> int:
         """Images a clip starts from: none, the first frame, or the first and the last."""
+        if self.token_time:
+            return int(self.pipeline_class == "WanImageToVideoPipeline")
         return max(self.image_tokens // CLIP_TOKENS, int(self.in_channels > self.out_channels))
 
     @property
@@ -122,6 +133,16 @@ class Facts:
         return prod(cell // step for cell, step in zip(cells, self.patch, strict=True))
 
     @property
+    def num_blocks(self) -> int:
+        """Transformer blocks, control blocks included."""
+        return self.num_layers + len(self.control_layers)
+
+    def cut(self, num_layers: int) -> "Facts":
+        """The model with its first blocks only, and the control blocks that feed those."""
+        control = tuple(layer for layer in self.control_layers if layer < num_layers)
+        return replace(self, num_layers=num_layers, control_layers=control)
+
+    @property
     def num_block_parameters(self) -> int:
         """Parameters of one block: attentions, the feed-forward, the norms and the modulation table."""
         C, F = self.width, self.ffn_dim
@@ -140,7 +161,10 @@ class Facts:
             text += 2 * width + (width * width + width) + (width * C + C) + 2 * C
             text += self.image_tokens * width * self.image_positions
         head = C * self.out_channels * cells + self.out_channels * cells + 2 * C
-        return patches + time + text + head + self.num_layers * self.num_block_parameters
+        control = 0
+        if hints := len(self.control_layers):  # a patch embedding, one layer in, one out of each block
+            control = self.control_channels * cells * C + C + (1 + hints) * (C * C + C)
+        return patches + time + text + head + control + self.num_blocks * self.num_block_parameters
 
     def linear_layers(self) -> list[str]:
         """The names of all linear layers, as the vendor has them."""
@@ -151,12 +175,15 @@ class Facts:
             embedders += ["image_embedder.ff.net.0.proj", "image_embedder.ff.net.2"]
             projections += ["attn2.add_k_proj", "attn2.add_v_proj"]
         names = [f"condition_embedder.{name}" for name in embedders]
-        for layer in range(self.num_layers):
-            names += [f"blocks.{layer}.{name}" for name in (*projections, "ffn.net.0.proj", "ffn.net.2")]
+        control = [f"vace_blocks.{i}" for i in range(len(self.control_layers))]
+        for block in (*(f"blocks.{i}" for i in range(self.num_layers)), *control):
+            names += [f"{block}.{name}" for name in (*projections, "ffn.net.0.proj", "ffn.net.2")]
+        names += [f"{block}.proj_out" for block in control] + [f"{block}.proj_in" for block in control[:1]]
         return [*names, "proj_out"]
 
     def transformer_config(self) -> dict[str, Any]:
         """The keyword arguments of the vendor's transformer class that build this model."""
+        control = {"vace_layers": list(self.control_layers), "vace_in_channels": self.control_channels}
         return {
             "patch_size": self.patch,
             "num_attention_heads": self.num_heads,
@@ -173,6 +200,7 @@ class Facts:
             "image_dim": self.image_dim,
             "added_kv_proj_dim": self.width if self.image_tokens else None,
             "pos_embed_seq_len": self.image_tokens if self.image_positions else None,
+            **(control if self.control_layers else {}),
         }
 
 
@@ -185,9 +213,23 @@ def image_to_video(name: str, defaults: Defaults, num_images: int = 1) -> Facts:
     )  # fmt: skip
 
 
-WITHOUT_IMAGE_TOKENS = {  # channels: what Wan2.2 A14B is
+def controlled(layers) -> dict[str, Any]:
+    """What VACE adds to the facts: 32 channels of encoded video, 64 of its mask, and hints after those blocks."""
+    return {
+        "control_layers": tuple(layers),
+        "control_channels": 96,
+        "family": "wan-vace",
+        "pipeline_class": "WanVACEPipeline",
+        "transformer_class": "WanVACETransformer3DModel",
+    }
+
+
+EVERY_FIFTH = controlled(range(0, 40, 5))
+TI2V = {"in_channels": 48, "out_channels": 48, "vae_spatial": 16, "token_time": True, "family": "wan-ti2v"}
+WITHOUT_IMAGE_TOKENS = {  # channels: what Wan2.2 is
     16: {"family": "wan2.2-t2v"},
     36: {"family": "wan2.2-i2v", "in_channels": 36, "pipeline_class": "WanImageToVideoPipeline"},
+    48: TI2V,
 }
 
 
@@ -206,6 +248,9 @@ FACTS = {
         image_to_video("wan2.1-i2v-14b-480p", Defaults(480, 832, 81, steps=40)),
         image_to_video("wan2.1-i2v-14b-720p", Defaults(720, 1280, 81, steps=40, flow_shift=5.0)),
         image_to_video("wan2.1-flf2v-14b-720p", Defaults(720, 1280, 81, flow_shift=16.0), num_images=2),
+        Facts("wan2.1-vace-1.3b", 30, 12, 128, 8960, Defaults(480, 832, 81), **controlled(range(0, 30, 2))),
+        Facts("wan2.1-vace-14b", 40, 40, 128, 13824, Defaults(720, 1280, 81, flow_shift=5.0), **EVERY_FIFTH),
+        Facts("wan2.2-ti2v-5b", 30, 24, 128, 14336, Defaults(704, 1280, 121, flow_shift=5.0, fps=24), **TI2V),
         a14b(
             "wan2.2-t2v-a14b",
             Defaults(720, 1280, 81, steps=40, guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0),
@@ -245,7 +290,7 @@ def facts_from_config(
     """
     boundary = None if model_index is None else check_model_index(model_index)
     config = check_mapping(transformer_config, "transformer/config.json")
-    check_class(config, "transformer/config.json", "WanTransformer3DModel")
+    check_class(config, "transformer/config.json", "WanTransformer3DModel", "WanVACETransformer3DModel")
     if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
         refuse(f"transformer/config.json: qk_norm = {config['qk_norm']!r}")
 
@@ -258,10 +303,13 @@ def facts_from_config(
         return value
 
     image = config.get("image_dim") is not None
-    for key, known in (("in_channels", (36,) if image else (16, 36)), ("out_channels", (16,))):
+    control = config["_class_name"] == "WanVACETransformer3DModel"
+    wide = config.get("in_channels") == 48 and not (image or control)  # Wan2.2 TI2V-5B
+    ins = (16,) if control else (36,) if image else (16, 36, 48)
+    for key, known in (("in_channels", ins), ("out_channels", (48,) if wide else (16,))):
         channels = config.get(key, 16)
-        if channels is None and key == "out_channels" and config.get("in_channels", 16) == 16:  # as the vendor has it
-            continue
+        if channels is None and key == "out_channels" and config.get("in_channels", 16) in known:
+            continue  # the vendor takes in_channels
         if number(key, 16, 4096) not in known:
             refuse(f"transformer/config.json: {key} = {channels}{' with image tokens' * image}")
     patch = config.get("patch_size", [1, 2, 2])
@@ -280,7 +328,7 @@ def facts_from_config(
         )
     facts = Facts(
         name="",
-        **image_facts(config, number) if image else no_image(config, boundary),
+        **kind_of(config, number, boundary),
         boundary_ratio=boundary,
         num_layers=number("num_layers", 40, 1000),
         num_heads=number("num_attention_heads", 40, 1000),
@@ -293,9 +341,14 @@ def facts_from_config(
         rope_max_seq_len=number("rope_max_seq_len", 1024, 1_000_000),
         defaults=FACTS["wan2.1-t2v-1.3b"].defaults,
     )
-    if model_index is not None and model_index["_class_name"] != facts.pipeline_class:
-        refuse(f"model_index.json: {model_index['_class_name']} around a transformer for {facts.pipeline_class}")
     if model_index is not None:
+        pipeline = model_index["_class_name"]
+        if facts.token_time:
+            facts = replace(facts, pipeline_class=pipeline)
+        if pipeline != facts.pipeline_class:
+            refuse(f"model_index.json: {pipeline} around a transformer for {facts.pipeline_class}")
+        if bool(expanded := model_index.get("expand_timesteps")) != facts.token_time:
+            refuse(f"model_index.json: expand_timesteps = {expanded!r} around {facts.in_channels} channels")
         check_experts(facts, second_config)
     return named(facts, flow_shift)
 
@@ -303,11 +356,11 @@ def facts_from_config(
 def check_experts(facts: Facts, second_config: dict | None) -> None:
     """Refuse a pipeline that lacks an expert, or whose two are not of one kind."""
     if facts.boundary_ratio is None:
-        if facts.num_images and not facts.image_tokens:
+        if facts.in_channels == 36 and not facts.image_tokens:
             refuse("model_index.json: 36 channels without image tokens take two experts, and it has no boundary_ratio")
         return
-    if facts.image_tokens:
-        refuse(f"model_index.json: boundary_ratio = {facts.boundary_ratio} with image tokens")
+    if facts.image_tokens or facts.token_time or facts.control_layers:
+        refuse(f"model_index.json: boundary_ratio = {facts.boundary_ratio} around {facts.family}")
     if second_config is None:
         raise DaxError("bad_model", "transformer_2/config.json: missing: one expert is not enough")
     alone = replace(facts, boundary_ratio=None)
@@ -327,15 +380,23 @@ def flow_shift_of(scheduler_config: Any) -> float | None:
 
 def named(facts: Facts, flow_shift: float | None) -> Facts:
     """The known model of those shapes that is meant at that flow_shift; else named after family and sizes."""
+    free = {"rope_max_seq_len": facts.rope_max_seq_len, "pipeline_class": facts.pipeline_class}
     same = [
         known
         for known in FACTS.values()
-        if replace(facts, name=known.name, defaults=known.defaults, rope_max_seq_len=known.rope_max_seq_len) == known
+        if replace(facts, name=known.name, defaults=known.defaults) == replace(known, **free)
     ]
     if same:
         found = next((known for known in same if known.defaults.flow_shift == flow_shift), same[0])
-        return replace(found, rope_max_seq_len=facts.rope_max_seq_len)
+        return replace(found, **free)
     return replace(facts, name=f"{facts.family}-{facts.num_layers}x{facts.width}")
+
+
+def kind_of(config: dict, number, boundary_ratio: float | None) -> dict[str, Any]:
+    """What tells a member of the family from plain text-to-video, as facts."""
+    if config["_class_name"] == "WanVACETransformer3DModel":
+        return control_facts(config, number)
+    return no_image(config, boundary_ratio) if config.get("image_dim") is None else image_facts(config, number)
 
 
 def image_facts(config: dict, number) -> dict[str, Any]:
@@ -357,12 +418,29 @@ def image_facts(config: dict, number) -> dict[str, Any]:
 
 
 def no_image(config: dict, boundary_ratio: float | None) -> dict[str, Any]:
-    """What no image tokens mean beside two experts or 36 channels; refuses a transformer that has parts for them."""
+    """What no image tokens mean beside two experts or more channels; refuses a transformer that has parts for them."""
     for key in ("added_kv_proj_dim", "pos_embed_seq_len"):
         if config.get(key) is not None:
             refuse(f"transformer/config.json: {key} = {config[key]!r} without image_dim")
     channels = config.get("in_channels", 16)
-    return WITHOUT_IMAGE_TOKENS[channels] if boundary_ratio is not None or channels == 36 else {}
+    return WITHOUT_IMAGE_TOKENS[channels] if boundary_ratio is not None or channels in (36, 48) else {}
+
+
+def control_facts(config: dict, number) -> dict[str, Any]:
+    """What VACE adds to the facts."""
+    if config.get("image_dim") is not None:
+        refuse("transformer/config.json: image_dim in WanVACETransformer3DModel")
+    if number("vace_in_channels", 96, 4096) != 96:
+        refuse(f"transformer/config.json: vace_in_channels = {config['vace_in_channels']}")
+    layers, depth = config.get("vace_layers", list(range(0, 40, 5))), number("num_layers", 40, 1000)
+    whole = isinstance(layers, list | tuple) and all(type(layer) is int for layer in layers)
+    if not whole or list(layers) != sorted(set(layers)) or 0 not in layers or layers[-1] >= depth:
+        raise DaxError(
+            "bad_model",
+            f"transformer/config.json: vace_layers = {layers!r} must be ascending block numbers from 0 to {depth - 1}, "
+            "0 among them",
+        )
+    return controlled(layers)
 
 
 def check_model_index(model_index: dict) -> float | None:
@@ -375,12 +453,10 @@ def check_model_index(model_index: dict) -> float | None:
         refuse(f"model_index.json: {named_so}: two experts need both")
     if boundary is not None and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
         raise DaxError("bad_model", f"model_index.json: boundary_ratio = {boundary!r} must be a number from 0 to 1")
-    components = COMPONENTS | (IMAGE_COMPONENTS if index["_class_name"] == "WanImageToVideoPipeline" else {})
+    components = COMPONENTS | OWN_COMPONENTS.get(index["_class_name"], {})
     for key, value in index.items():
         if key.startswith("_"):
             continue
-        if key == "expand_timesteps" and value:
-            refuse("model_index.json: expand_timesteps means Wan2.2 TI2V-5B")
         if isinstance(value, list) and value != [None, None] or key in components and value is not None:
             check_component(key, value, *components.get(key, ("", "")))
     return boundary

@@ -49,7 +49,8 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     ranks = ranks_here(guided=target.pipe is not None)
     resolved = resolve(wanted, target.facts, here, strict, dtype, checkpoint, ranks)
     if resolved.plan.blocks.fused:
-        resolved = without_fused_blocks(resolved, wan_block.difference(), strict)
+        difference = wan_block.difference(bool(target.facts.control_layers))
+        resolved = without_fused_blocks(resolved, difference, strict)
 
     edits = Edits()
     try:
@@ -79,6 +80,7 @@ def apply(
     from dax.cache.gate import position
     from dax.compile import apply_compile
     from dax.models.text_memory import remember_text
+    from dax.models.token_time import apply_token_time
     from dax.models.wan import WanProcessor
     from dax.models.wan_block import apply_blocks, compile_kernels
     from dax.offload import apply_turns, bring_together
@@ -93,6 +95,7 @@ def apply(
         count = attention.apply_attention(layers, processor, edits)
         name = processor.backend.name
         changes.append(Change("attention.kernel", name, f"{kind}-attention layers", count, total))
+    apply_token_time(target, plan.blocks.fused, edits)
     if plan.linear.active:
         from dax.quant import apply_linear
 

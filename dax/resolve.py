@@ -81,6 +81,7 @@ def resolve(
         joint=plan.cache.policy == "none" or (plan.cache.uncond_every == 1 and plan.cache.drop_uncond == 0),
     )
     notes += said
+    check_reuse(plan, facts)
     resolved = plan.model_copy(
         update={
             "attention": plan.attention.model_copy(update={"kernel": kernel}),
@@ -97,6 +98,16 @@ def resolve(
     if strict and fallbacks:
         raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
     return Resolved(resolved.model_copy(update={"cache": cached}), tuple(notes), tuple(fallbacks), scales, calibration)
+
+
+def check_reuse(plan: Plan, facts: Facts) -> None:
+    """DaxError("bad_request") for residuals of a model that adds something between its blocks."""
+    if facts.control_layers and plan.cache.policy != "none" and plan.cache.reuse == "residual":
+        raise DaxError(
+            "bad_request",
+            f"cache.reuse = residual: {facts.name} adds hints between its blocks, which reusing what all blocks add "
+            "would count twice; set cache.reuse = velocity",
+        )
 
 
 def check_experts(plan: Plan, facts: Facts) -> None:

@@ -114,6 +114,53 @@ def build_image_pipe(num_images: int = 1, heads: int = 2):
     return pipe
 
 
+TI2V_VAE = {  # residual, in patches of 2 x 2 pixels
+    "base_dim": 4, "decoder_base_dim": 8, "z_dim": 48, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True], "is_residual": True, "in_channels": 12, "out_channels": 12,
+    "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.1] * 48, "latents_std": [1.5] * 48,
+}  # fmt: skip
+
+
+def build_ti2v_pipe(image: bool = True, heads: int = 2):
+    """The pipeline of Wan2.2 TI2V-5B of those parts: 48 channels, a timestep for each token, from an image or not."""
+    import torch
+    from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+
+    parts = build_random_pipe().components
+    config = RANDOM_TRANSFORMER | {"num_attention_heads": heads, "in_channels": 48, "out_channels": 48}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        parts |= {"transformer": WanTransformer3DModel(**config), "vae": AutoencoderKLWan(**TI2V_VAE)}
+        with torch.no_grad():
+            louder(parts["transformer"])
+            parts["transformer"].condition_embedder.time_proj.weight.mul_(4.0)  # the two timesteps differ
+    for name in ("transformer", "vae"):
+        parts[name].eval().requires_grad_(False)
+    pipe = (WanImageToVideoPipeline if image else WanPipeline)(**parts, expand_timesteps=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def build_vace_pipe(heads: int = 2):
+    """WanVACEPipeline of those parts: three blocks, hints after the first and the last."""
+    import torch
+    from diffusers import WanVACEPipeline, WanVACETransformer3DModel
+
+    parts = build_random_pipe().components
+    config = RANDOM_TRANSFORMER | {"num_attention_heads": heads, "num_layers": 3, "vace_layers": [0, 2]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        transformer = parts["transformer"] = WanVACETransformer3DModel(**config)
+        with torch.no_grad():
+            louder(transformer)
+            for block in transformer.vace_blocks:
+                block.proj_out.weight.mul_(1.5)
+    transformer.eval().requires_grad_(False)
+    pipe = WanVACEPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def build_expert_pipe(image: bool = False, boundary_ratio: float = 0.875):
     """A pipeline of the same parts with two experts, of text-to-video or, with 36 channels, of image-to-video."""
     import diffusers
@@ -137,7 +184,7 @@ def build_expert_pipe(image: bool = False, boundary_ratio: float = 0.875):
 
 def louder(transformer) -> list:
     """Gates near 1, sharp attention, strong residuals: a part that is wrong shows. Returns the cross-attentions."""
-    for block in transformer.blocks:
+    for block in (*transformer.blocks, *getattr(transformer, "vace_blocks", ())):
         block.scale_shift_table[:, [2, 5]] += 1.0
         for attention in (block.attn1, block.attn2):
             attention.norm_q.weight.mul_(2.0)

@@ -1,6 +1,7 @@
 """`dax bench block` and `forward` on the tiny shapes: rivals checked, timed, recorded; wrong answers never timed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,8 @@ from dax.bench.breakdown import kind_of
 from dax.bench.model import build
 from dax.bench.size import Size
 from dax.errors import DaxError
-from dax.facts import facts_named
+from dax.facts import TI2V, controlled, facts_named
+from dax.models import wan_block
 from dax.plan import Plan
 
 torch = pytest.importorskip("torch")
@@ -41,6 +43,34 @@ def test_a_record_has_what_it_takes_to_get_the_figure_again(subject):
     assert row["timed_s"] >= 0.05
     assert set(result["left_out"]) == {"compiled-cudnn", "fa3"}
     assert any("left out fa3" in text for text in log)
+
+
+@pytest.mark.parametrize("subject", ["block", "forward"])
+def test_a_timestep_for_each_token(subject, monkeypatch):
+    """As Wan2.2 TI2V-5B has them with an image: stock's blocks get a row for every token, DAX's two for all."""
+    facts = replace(TINY, **TI2V)
+    monkeypatch.setattr(contest, "facts_of", lambda model: facts)
+    quick = QUICK | {"size": (64, 96, 5)}
+    rows = contest.bench(subject, "tiny", rows="eager", plans=["exact"], num_layers=2, log=print, **quick)["rows"]
+    assert [row["row"] for row in rows] == ["eager", "dax exact"] and 0 < rows[1]["error"] < 0.05
+    monkeypatch.setattr("dax.models.wan_block.modulation", lambda temb: replace(temb, rows=temb.rows.flip(1)))
+    with pytest.raises(DaxError, match="not timed"):
+        contest.bench(subject, "tiny", rows="eager", plans=["exact"], num_layers=2, log=print, **quick)
+
+
+@pytest.mark.parametrize("subject", ["block", "forward"])
+def test_control_blocks_and_their_hints(subject, monkeypatch):
+    """Two of VACE's three blocks here, and the one control block that feeds them."""
+    monkeypatch.setattr(contest, "facts_of", lambda model: replace(TINY, **controlled([0, 2, 3])))
+    quick = {"num_layers": 2, "log": print, **QUICK}
+    result = contest.bench(subject, "tiny", rows="eager", plans=["exact"], **quick)
+    assert [row["row"] for row in result["rows"]] == ["eager", "dax exact"]
+    assert 0 < result["rows"][1]["error"] < 0.05
+    right = wan_block.control_forward
+    monkeypatch.setattr(wan_block, "control_forward", lambda *x: (0 * right(*x)[0], right(*x)[1]))
+    monkeypatch.setattr(wan_block, "difference", lambda control: None)
+    with pytest.raises(DaxError, match="not timed"):
+        contest.bench(subject, "tiny", rows="eager", plans=["exact"], **quick)
 
 
 def test_without_a_model_the_log_says_which_one_is_used():

@@ -2,9 +2,9 @@
 
 import copy
 
+import diffusers
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 
 from dax.errors import DaxError
 from dax.facts import FACTS, facts_from_config, facts_named
@@ -26,29 +26,40 @@ I2V_INDEX = INDEX | {
     "image_encoder": ["transformers", "CLIPVisionModel"],
     "image_processor": ["transformers", "CLIPImageProcessor"],
 }
+TI2V_INDEX = INDEX | {"expand_timesteps": True}
+VACE_INDEX = {key: value for key, value in INDEX.items() if key != "expand_timesteps"} | {
+    "_class_name": "WanVACEPipeline",
+    "transformer": ["diffusers", "WanVACETransformer3DModel"],
+}
 SECOND = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
 EXPERTS = INDEX | SECOND | {"boundary_ratio": 0.875}
+INDICES = {
+    "wan-t2v": INDEX,
+    "wan-i2v": I2V_INDEX,
+    "wan-ti2v": TI2V_INDEX,
+    "wan-vace": VACE_INDEX,
+    "wan2.2-t2v": EXPERTS,
+    "wan2.2-i2v": EXPERTS | {"_class_name": "WanImageToVideoPipeline", "boundary_ratio": 0.9},
+}
 IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 384}
 
 
 def config_of(name: str) -> dict:
-    return {"_class_name": "WanTransformer3DModel"} | FACTS[name].transformer_config()
+    return {"_class_name": FACTS[name].transformer_class} | FACTS[name].transformer_config()
 
 
 @pytest.mark.parametrize("name", FACTS)
 def test_counts_equal_the_vendors_modules(name):
     facts = FACTS[name]
     with torch.device("meta"):
-        model = WanTransformer3DModel(**facts.transformer_config())
+        model = getattr(diffusers, facts.transformer_class)(**facts.transformer_config())
     assert sum(p.numel() for p in model.parameters()) == facts.num_parameters
     assert sum(p.numel() for p in model.blocks[0].parameters()) == facts.num_block_parameters
     assert len(model.blocks) == facts.num_layers
     assert (model.blocks[0].attn1.heads, model.blocks[0].attn1.inner_dim) == (facts.num_heads, facts.width)
-    index = I2V_INDEX if facts.num_images else INDEX
-    if facts.num_experts == 2:
-        index = index | SECOND | {"boundary_ratio": facts.boundary_ratio}
-    config = {"_class_name": "WanTransformer3DModel"} | dict(model.config)
-    assert facts_from_config(index, config, facts.defaults.flow_shift, config) == facts
+    config = {"_class_name": facts.transformer_class} | dict(model.config)
+    second = config if facts.num_experts == 2 else None
+    assert facts_from_config(INDICES[facts.family], config, facts.defaults.flow_shift, second) == facts
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     assert sorted(facts.linear_layers()) == sorted(linears)
 
@@ -85,6 +96,33 @@ def test_the_two_sizes_of_image_to_video_are_told_apart_by_flow_shift():
     for shift, size in ((3.0, "480p"), (5.0, "720p"), (None, "480p")):
         assert facts_from_config(I2V_INDEX, config, shift).name == f"wan2.1-i2v-14b-{size}"
     assert facts_from_config(None, config_of("tiny") | IMAGE).name == "wan-i2v-4x384"
+
+
+@pytest.mark.parametrize("pipeline", ["WanPipeline", "WanImageToVideoPipeline"])
+def test_ti2v_is_one_model_in_either_pipeline(pipeline):
+    config = config_of("wan2.2-ti2v-5b")
+    facts = facts_from_config(TI2V_INDEX | {"_class_name": pipeline, "image_encoder": [None, None]}, config, 5.0)
+    assert (facts.name, facts.pipeline_class) == ("wan2.2-ti2v-5b", pipeline)
+    assert facts.num_images == (pipeline == "WanImageToVideoPipeline") and facts.size_multiple == 32
+    assert facts.tokens(704, 1280, 121) == 27280 and facts.tokens(704, 1280, 1) == 880
+    assert facts_from_config(None, config) == FACTS["wan2.2-ti2v-5b"]
+    small = facts_from_config(None, config_of("tiny") | {"in_channels": 48, "out_channels": 48})
+    assert (small.name, small.token_time) == ("wan-ti2v-4x384", True)
+
+
+def test_vace_in_words():
+    facts = FACTS["wan2.1-vace-14b"]
+    assert (facts.num_blocks, round(facts.num_parameters / 1e9, 1)) == (48, 17.3)
+    assert facts.cut(6).control_layers == (0, 5) and facts.cut(6).num_blocks == 8
+    config = config_of("tiny") | {"_class_name": "WanVACETransformer3DModel", "vace_layers": [0, 3]}
+    assert facts_from_config(VACE_INDEX, config).name == "wan-vace-4x384"
+
+
+@pytest.mark.parametrize("layers", [[], [1, 2], [0, 4], [0, 2, 2], [2, 0], [0, True], "0", [0, 1.0]])
+def test_hints_that_have_no_block_are_refused(layers):
+    config = config_of("tiny") | {"_class_name": "WanVACETransformer3DModel", "vace_layers": layers}
+    with pytest.raises(DaxError, match="vace_layers = .* must be ascending block numbers from 0 to 3"):
+        facts_from_config(VACE_INDEX, config)
 
 
 def test_unknown_name_offers_the_nearest():
@@ -152,6 +190,7 @@ def test_a_class_name_list_in_the_transformer_is_refused():
         facts_from_config(INDEX, config_of("tiny") | {"_class_name": ["x", "WanTransformer3DModel"]})
 
 
+VACE = {"_class_name": "WanVACETransformer3DModel", "vace_layers": [0, 2]}
 FOREIGN = {
     "flux": (INDEX | {"_class_name": "FluxPipeline"}, {"_class_name": "FluxTransformer2DModel"}),
     "flux bare": (None, {"_class_name": "FluxTransformer2DModel", "num_layers": 19}),
@@ -163,15 +202,22 @@ FOREIGN = {
     "wan i2v, image keys of another width": (I2V_INDEX, IMAGE | {"added_kv_proj_dim": 5120}),
     "wan i2v, three images": (I2V_INDEX, IMAGE | {"pos_embed_seq_len": 771}),
     "image keys without an image": (INDEX, {"added_kv_proj_dim": 384}),
-    "vace pipeline": (INDEX | {"_class_name": "WanVACEPipeline"}, {"_class_name": "WanVACETransformer3DModel"}),
     "wan i2v 36 channels": (INDEX, {"in_channels": 36}),
     "wan2.2 two experts": (INDEX | {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, {}),
     "wan2.2 boundary": (INDEX | {"boundary_ratio": 0.875}, {}),
+    "wan2.2 5b without its timesteps": (INDEX, {"in_channels": 48, "out_channels": 48}),
+    "wan2.2 5b out of 16 channels": (TI2V_INDEX, {"in_channels": 48}),
+    "timesteps of wan2.2 5b, t2v inside": (TI2V_INDEX, {}),
+    "vace inside another pipeline": (INDEX, VACE),
+    "vace outside, t2v inside": (VACE_INDEX, {}),
+    "vace around another class": (VACE_INDEX | {"transformer": ["diffusers", "WanTransformer3DModel"]}, VACE),
+    "vace of other channels": (VACE_INDEX, VACE | {"vace_in_channels": 64}),
+    "vace with image tokens": (VACE_INDEX, VACE | {"image_dim": 1280}),
+    "vace of 48 channels": (VACE_INDEX, VACE | {"in_channels": 48}),
     "wan2.2 t2v pipeline, i2v inside": (EXPERTS, {"in_channels": 36}),
     "two experts with image tokens": (I2V_INDEX | SECOND | {"boundary_ratio": 0.9}, IMAGE),
-    "wan2.2 5b": (INDEX | {"expand_timesteps": True}, {"in_channels": 48, "out_channels": 48}),
-    "wan2.2 5b bare": (None, {"in_channels": 48, "out_channels": 48}),
-    "wan vace": (INDEX, {"_class_name": "WanVACETransformer3DModel"}),
+    "two experts of 48 channels": (EXPERTS | {"expand_timesteps": True}, {"in_channels": 48, "out_channels": 48}),
+    "vace with two experts": (VACE_INDEX | SECOND | {"boundary_ratio": 0.9}, VACE),
     "other norm": (INDEX, {"qk_norm": "layer_norm"}),
     "other patch": (INDEX, {"patch_size": [1, 1, 1]}),
 }

@@ -197,8 +197,8 @@ def test_counts_are_checked(random_pipe, monkeypatch):
 @pytest.mark.fault(34)
 @pytest.mark.parametrize(
     "config",
-    [{"in_channels": 32}, {"image_dim": 16, "added_kv_proj_dim": 64}, {"in_channels": 48, "out_channels": 48}],
-    ids=["32 channels", "i2v image tokens", "5b"],
+    [{"in_channels": 32}, {"image_dim": 16, "added_kv_proj_dim": 64}, {"in_channels": 48, "out_channels": 16}],
+    ids=["32 channels", "i2v image tokens", "48 channels to 16"],
 )
 def test_other_wans_are_refused_without_their_weights(config):
     with torch.device("meta"):  # no weight exists that could be read

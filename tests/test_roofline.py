@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from dax.bench import roofline
-from dax.facts import CLIP_TOKENS, facts_named
+from dax.facts import CLIP_TOKENS, controlled, facts_named
 
 WAN14B = facts_named("wan2.1-t2v-14b")
 TOKENS = 75_600
@@ -66,22 +66,27 @@ def test_a_layer_costs_the_difference_between_two_depths():
     assert three - two == roofline.total(roofline.block_operations(WAN14B, TOKENS))[0]
 
 
-@pytest.mark.parametrize("images", [{}, ONE_IMAGE, ONE_IMAGE | {"image_tokens": 514, "image_positions": True}])
-def test_flops_agree_with_torch_counting_the_real_module(images):
+@pytest.mark.parametrize(
+    "more",
+    [{}, ONE_IMAGE, ONE_IMAGE | {"image_tokens": 514, "image_positions": True}, controlled([0, 2])],
+    ids=["text", "an image", "two images", "control"],
+)
+def test_flops_agree_with_torch_counting_the_real_module(more):
     """The tiny model's forward on the meta device, counted by torch's own flop counter."""
     torch = pytest.importorskip("torch")
-    from diffusers import WanTransformer3DModel
+    import diffusers
     from torch.utils.flop_counter import FlopCounterMode
 
-    tiny = replace(facts_named("tiny"), **images)
+    tiny = replace(facts_named("tiny"), **more)
     with torch.device("meta"):
-        model = WanTransformer3DModel(**tiny.transformer_config())
+        model = getattr(diffusers, tiny.transformer_class)(**tiny.transformer_config())
         latents = torch.empty(1, *tiny.latent_shape(64, 96, 9))
         text = torch.empty(1, tiny.text_tokens, tiny.text_dim)
         timestep = torch.empty(1)
-        image = torch.empty(tiny.num_images, CLIP_TOKENS, tiny.image_dim) if images else None
+        image = torch.empty(tiny.num_images, CLIP_TOKENS, tiny.image_dim) if tiny.num_images else None
+        control = {"control_hidden_states": torch.empty(1, 96, *latents.shape[2:])} if tiny.control_layers else {}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(latents, timestep, text, image, return_dict=False)
+        model(latents, timestep, text, image, **control, return_dict=False)
     assert roofline.total(roofline.forward_operations(tiny, 64, 96, 9))[0] == counter.get_total_flops()
 
 
@@ -118,17 +123,32 @@ def test_an_image_adds_its_attention_and_nothing_else():
     assert roofline.total(image)[0] - roofline.total(plain)[0] == 4 * TOKENS * 257 * 5120 + 2 * 2 * 257 * 5120**2
 
 
-def test_weights_of_image_to_video_are_the_vendors():
+def test_a_timestep_for_each_token_is_traffic_that_fusing_saves():
+    """Wan2.2 TI2V-5B at its size: 27 280 tokens of 6 x 3072 fp32 numbers are 2 GB."""
+    facts = facts_named("wan2.2-ti2v-5b")
+    tokens = facts.tokens(704, 1280, 121)
+    found = roofline.block_operations(facts, tokens)
+    (extra,) = [op for op in found if op.name == "modulation of every token"]
+    assert extra.bytes / 62 * 12 == pytest.approx(2.0e9, rel=0.01) and extra.fused_bytes == 0
+    assert len(found) == 1 + len(roofline.block_operations(replace(facts, token_time=False), tokens))
+    assert roofline.activation_bytes(facts, tokens) == pytest.approx(5.2e9, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["wan2.1-flf2v-14b-720p", "wan2.1-vace-1.3b", "wan2.2-ti2v-5b"])
+def test_weights_are_the_vendors(name):
     """In bytes, as loaded: bf16 but for the parts that the vendor keeps in fp32."""
     torch = pytest.importorskip("torch")
-    from diffusers import WanTransformer3DModel
+    import diffusers
 
-    facts = facts_named("wan2.1-flf2v-14b-720p")
+    facts = facts_named(name)
     with torch.device("meta"):
-        model = WanTransformer3DModel(**facts.transformer_config())
+        model = getattr(diffusers, facts.transformer_class)(**facts.transformer_config())
     kept = set(model._keep_in_fp32_modules)
     counted = sum(p.numel() * (4 if kept & set(name.split(".")) else 2) for name, p in model.named_parameters())
     assert roofline.weight_bytes(facts) == counted
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "blocks." in n}
+    saved = sum(m.weight.numel() - 4 * m.out_features for m in layers.values())
+    assert roofline.weight_bytes(facts, eight_bits=True) == counted - saved
 
 
 def test_weights_of_14b():

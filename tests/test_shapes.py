@@ -2,9 +2,10 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
 
 from dax.errors import DaxError
@@ -26,8 +27,9 @@ def of(cls, config) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("cross_attn_norm", [True, False])
 def test_transformers(name, cross_attn_norm):
     config = FACTS[name].transformer_config() | {"cross_attn_norm": cross_attn_norm}
-    facts = facts_from_config(None, {"_class_name": "WanTransformer3DModel", **config, "patch_size": [1, 2, 2]})
-    assert transformer_shapes(facts) == of(WanTransformer3DModel, config)
+    kind = FACTS[name].transformer_class
+    facts = facts_from_config(None, {"_class_name": kind, **config, "patch_size": [1, 2, 2]})
+    assert transformer_shapes(facts) == of(getattr(diffusers, kind), config)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,17 @@ def test_text_encoders(config):
         {},  # Wan2.1's own
         {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 3, 2], "num_res_blocks": 1},
         {"base_dim": 8, "temperal_downsample": [True, False, True]},
+        {  # that of Wan2.2 TI2V-5B
+            "base_dim": 160,
+            "decoder_base_dim": 256,
+            "z_dim": 48,
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_spatial": 16,
+        },
+        {"base_dim": 8, "num_res_blocks": 1, "is_residual": True, "temperal_downsample": [True, False, True]},
         json.loads((FOLDER / "vae" / "config.json").read_text()),
     ],
 )
@@ -74,8 +87,10 @@ def test_row_30_impossible_numbers(shapes, change):
 
 
 @pytest.mark.fault(34)
-@pytest.mark.parametrize("change", [{"is_residual": True}, {"patch_size": 2}, {"decoder_base_dim": 256}])
-def test_row_34_the_autoencoder_of_wan_2_2(change):
+@pytest.mark.parametrize(
+    "change", [{"in_channels": 12}, {"out_channels": 12}, {"scale_factor_spatial": 16}, {"attn_scales": [1.0]}]
+)
+def test_row_34_an_autoencoder_between_wan_2_1_and_2_2(change):
     with pytest.raises(DaxError, match=next(iter(change))) as caught:
         vae_shapes(change)
     assert caught.value.exit_code == 3

@@ -94,7 +94,7 @@ def bench(
     lines = []
     for result in results:
         operations = operations_of(facts, pixels, num_layers, *rivals.arithmetic(result.row))
-        lines.append(line(result, operations, sheet, facts, num_layers))
+        lines.append(line(result, operations, sheet, facts, facts.cut(num_layers).num_blocks))
     return report.record(
         subject,
         device,
@@ -165,30 +165,30 @@ def run_rows(model, calls, origin, rows, device, warm_up_s, timed_s, log) -> tup
     return [Result(*known_of[name], kinds[name], timings[name]) for name in ready], left_out
 
 
-def line(result: Result, operations: list, machine, facts: Facts, num_layers: int) -> dict:
+def line(result: Result, operations: list, machine, facts: Facts, num_blocks: int) -> dict:
     """One row of the record. `video_s` is for all layers, both branches of guidance and the model's usual steps."""
     timing = result.timing
-    each = timing.ms / num_layers
-    ceiling = 1e3 * roofline.seconds(operations, machine, fused=True) / num_layers if machine else None
+    each = timing.ms / num_blocks
+    ceiling = 1e3 * roofline.seconds(operations, machine, fused=True) / num_blocks if machine else None
     flops = roofline.total(operations)[0]
     return {
         "row": result.row.name,
         "label": result.row.label,
         "ms_per_layer": each,
-        "visits_ms_per_layer": [visit / num_layers for visit in timing.visits],
-        "low_ms_per_layer": timing.low_ms / num_layers,
-        "high_ms_per_layer": timing.high_ms / num_layers,
+        "visits_ms_per_layer": [visit / num_blocks for visit in timing.visits],
+        "low_ms_per_layer": timing.low_ms / num_blocks,
+        "high_ms_per_layer": timing.high_ms / num_blocks,
         "tflops": flops / timing.ms / 1e9,
         "ceiling_ms_per_layer": ceiling,
         "of_ceiling_pct": 100 * ceiling / each if ceiling else None,
-        "video_s": each * facts.num_layers * 2 * facts.defaults.steps / 1e3,
+        "video_s": each * facts.num_blocks * 2 * facts.defaults.steps / 1e3,
         "error": result.error,
         "error_limit": result.row.limit,
         "arrange_s": result.arrange_s,
         "first_call_s": result.first_call_s,
-        **{f"{kind}_ms_per_layer": parts / num_layers for kind, parts in result.kinds.items() if kind != "kernels"},
+        **{f"{kind}_ms_per_layer": parts / num_blocks for kind, parts in result.kinds.items() if kind != "kernels"},
         "ceiling_of_kind_ms_per_layer": {
-            kind: 1e3 * roofline.seconds([op for op in operations if op.kind == kind], machine, fused=True) / num_layers
+            kind: 1e3 * roofline.seconds([op for op in operations if op.kind == kind], machine, fused=True) / num_blocks
             for kind in ("attention", "gemm", "elementwise")
         }
         if machine

@@ -53,19 +53,18 @@ def explain(
     experts = expert_figures(facts, found.plan, steps, cached) if facts.num_experts > 1 else None
     eight_bits = found.plan.linear.scheme != "none"
     resolved, notes, fallbacks = found.plan, list(found.notes), list(found.fallbacks)
-    operations = roofline.forward_operations(
-        facts,
-        **asdict(pixels),
-        gemm_dtype=roofline.LINEAR.get(resolved.linear.scheme, "bf16"),
-        attention_dtype=roofline.ATTENTION.get(resolved.attention.kernel, "bf16"),
-    )
+    dtypes = {
+        "gemm_dtype": roofline.LINEAR.get(resolved.linear.scheme, "bf16"),
+        "attention_dtype": roofline.ATTENTION.get(resolved.attention.kernel, "bf16"),
+    }
+    operations = roofline.forward_operations(facts, **asdict(pixels), **dtypes)
     fused = resolved.compile == "blocks" or resolved.blocks.fused
     parts = [part(op, machine, resolved, fused) for op in operations if op.flops or moved(op, fused)]
     flops = roofline.total(operations)[0]
     forward_s = roofline.seconds(operations, machine, fused) if machine else None
     expected_s = sum(costs.expected_s(op, resolved, machine) for op in operations) if machine else None
-    in_blocks = [op for op in operations if op.count >= facts.num_layers]
-    layer_s = sum(costs.expected_s(op, resolved, machine) for op in in_blocks) / facts.num_layers if machine else None
+    in_blocks = roofline.block_operations(facts, tokens, **dtypes, count=facts.num_layers)
+    layer_s = sum(costs.expected_s(op, resolved, machine) for op in in_blocks) / facts.num_blocks if machine else None
     forwards = sum(cached["computed"].values()) if cached else FORWARDS_PER_STEP * steps
     return {
         "model": facts.name,
@@ -73,6 +72,7 @@ def explain(
         "steps": steps,
         "tokens": tokens,
         "layers": facts.num_layers,
+        "control_blocks": len(facts.control_layers),
         "parameters": facts.num_parameters,
         "weights_gib": roofline.weight_bytes(facts, eight_bits=eight_bits) / 2**30,
         "activations_gib": roofline.activation_bytes(facts, tokens) / 2**30,
@@ -151,7 +151,7 @@ def expected(plan: Plan, facts: Facts, machine, ranks: Ranks, forwards: int) -> 
             "layer_ms": found.layer_ms,
             "exchange_ms": found.exchange_ms,
             "exposed_ms": found.exposed_ms,
-            "denoise_s": forwards * facts.num_layers * alone.layer_ms / found.speedup / 1e3,
+            "denoise_s": forwards * facts.num_blocks * alone.layer_ms / found.speedup / 1e3,
             "speedup": found.speedup,
             "efficiency_pct": found.efficiency_pct,
         }
@@ -188,10 +188,11 @@ def gpu_name() -> str | None:
 
 def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool, ranks: Ranks, checkpoint: str | None):
     """The plan Resolved on that card; where no card is named, as asked but for the step cache, which needs none."""
-    from dax.resolve import Resolved, kernels_of, resolve
+    from dax.resolve import Resolved, check_reuse, kernels_of, resolve
 
     if machine is not None:
         return resolve(asked, facts, machine, strict, checkpoint=checkpoint, ranks=ranks)
+    check_reuse(asked, facts)
     cache, calibration, notes, fallbacks = resolve_cache(
         asked.cache, facts.name, checkpoint, kernels_of(asked), facts.num_experts
     )
@@ -221,7 +222,7 @@ def changes(plan: Plan, facts: Facts, machine) -> list[str]:
     """What the plan does to the model, and on how many of its parts."""
     from dax.attention import kernel_for_cross
 
-    kernel, layers = plan.attention.kernel, facts.num_layers * facts.num_experts
+    kernel, layers = plan.attention.kernel, facts.num_blocks * facts.num_experts
     cross = kernel_for_cross(kernel, machine, head_dim=facts.head_dim) if machine else kernel
     found = [
         f"attention.kernel = {kernel}: {layers} self-attention layers",
@@ -276,8 +277,9 @@ def text(result: dict) -> str:
     from dax.bench.report import table
 
     pixels = f"{result['height']}x{result['width']}x{result['num_frames']}"
+    control = f" and {result['control_blocks']} control blocks" if result["control_blocks"] else ""
     lines = [
-        f"{result['model']}: {result['layers']} layers, {result['parameters'] / 1e9:.3f} G parameters",
+        f"{result['model']}: {result['layers']} layers{control}, {result['parameters'] / 1e9:.3f} G parameters",
         f"{pixels} = {result['tokens']} tokens, {result['steps']} steps",
         f"memory of the transformer: weights {result['weights_gib']:.2f} GiB, activations about "
         f"{result['activations_gib']:.2f} GiB" + (f", of {result['memory_gib']:.0f}" if result["memory_gib"] else ""),

@@ -1,5 +1,7 @@
 """`dax bench forward`: a whole forward of the transformer, embeddings and head included, on seeded Gaussian inputs."""
 
+from dataclasses import asdict
+
 from dax.bench import roofline
 from dax.bench.size import Size
 from dax.facts import CLIP_TOKENS, Facts
@@ -17,12 +19,25 @@ def calls_of(facts: Facts, model, size: Size, device: str):
     latents = gaussian(1, *facts.latent_shape(size.height, size.width, size.num_frames))
     text = gaussian(1, facts.text_tokens, facts.text_dim)
     images = image_embeds(facts, gaussian)
-    timestep = torch.tensor([500], device=device)
+    timestep, control = timesteps(facts, asdict(size), device), {}
+    if facts.control_layers:
+        control["control_hidden_states"] = gaussian(1, facts.control_channels, *latents.shape[2:])
 
     def calls(arranged):
-        return lambda: arranged(latents, timestep, text, images, return_dict=False)[0]
+        return lambda: arranged(latents, timestep, text, images, **control, return_dict=False)[0]
 
     return calls, 0
+
+
+def timesteps(facts: Facts, pixels: dict, device: str):
+    """[1], or [1, S] where each token has its own: 0 for a first frame that is given."""
+    import torch
+
+    timestep = torch.tensor([500], device=device)
+    if facts.token_time:
+        timestep = timestep.repeat(1, facts.tokens(**pixels))
+        timestep[:, : facts.tokens(**pixels | {"num_frames": 1})] = 0
+    return timestep
 
 
 def image_embeds(facts: Facts, gaussian):

@@ -161,7 +161,7 @@ def feed_forwards(tokens: int, C: int, F: int, device: str) -> list[Product]:
         layer.weight = nn.Parameter(gaussian(N, K, device=device, seed=seed, std=K**-0.5), requires_grad=False)
         layer.bias = nn.Parameter(gaussian(N, device=device, seed=seed + 2), requires_grad=False)
     x, residual = (gaussian(1, tokens, C, device=device, seed=seed) for seed in (4, 5))
-    gate = gaussian(1, C, device=device, seed=6).float()
+    gate = gaussian(1, 1, C, device=device, seed=6).float()
 
     def plain(x=x, residual=residual):
         return gated_residual(second(torch.nn.functional.gelu(first(x), approximate="tanh")), gate, residual)

@@ -64,4 +64,6 @@ def load(folder: str, device: str, num_layers: int):
     except (OSError, ValueError, RuntimeError) as error:
         raise DaxError("bad_model", f"{folder}/transformer: {str(error).splitlines()[0]}") from None
     del model.blocks[num_layers:]
+    if control := getattr(model.config, "vace_layers", None):
+        del model.vace_blocks[sum(layer < num_layers for layer in control) :]
     return model.to(device).eval()

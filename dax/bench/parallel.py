@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from dax.bench import report, rivals
-from dax.bench.forward import image_embeds
+from dax.bench.forward import image_embeds, timesteps
 from dax.bench.model import build, facts_of
 from dax.bench.parallel_parts import Job, Part, clip_alone, clip_rows, decode_rows, link_rows, relative
 from dax.bench.ranks_clock import ROUNDS, RanksClock
@@ -79,6 +79,8 @@ def bench(
 
     facts = facts_of(model or "tiny")
     pixels = checked_size(facts, size)
+    if facts.control_layers:
+        raise DaxError("bad_request", f"bench parallel: {facts.name} takes a control video: dax bench forward knows it")
     if facts.num_experts > 1:
         raise DaxError(
             "bad_request", f"bench parallel: {facts.name} has two experts: wan2.1-t2v-14b is as large as one"
@@ -191,19 +193,21 @@ def arranged(facts, transformer, plan, parallel: dict | None):
     """(a pipeline around a twin of the transformer under the plan, its engine)."""
     import dax
 
-    pipe = pipeline(rivals.twin(transformer), facts.pipeline_class)
+    pipe = pipeline(rivals.twin(transformer), facts)
     overrides = {"linear": {"keep_original": "none"}} | ({} if parallel is None else {"parallel": parallel})
     return pipe, dax.optimize(pipe, plan, **overrides)  # nothing is undone, and the twins share their originals
 
 
-def pipeline(transformer, pipeline_class: str, vae=None):
+def pipeline(transformer, facts, vae=None):
     """A pipeline that has only what a bench calls, with guidance on."""
     import diffusers
     from diffusers import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     parts = {"tokenizer": None, "text_encoder": None, "vae": vae, "scheduler": scheduler, "transformer": transformer}
-    pipe = getattr(diffusers, pipeline_class)(**parts)
+    if facts.token_time:
+        parts["expand_timesteps"] = True
+    pipe = getattr(diffusers, facts.pipeline_class)(**parts)
     pipe._guidance_scale = 5.0
     return pipe
 
@@ -219,7 +223,7 @@ def call_of(facts, pixels: dict, model, device: str, branches: int) -> Callable:
 
     latents, text = gaussian(1, *facts.latent_shape(**pixels)), gaussian(1, facts.text_tokens, facts.text_dim)
     images = image_embeds(facts, gaussian)
-    timestep = torch.tensor([500], device=device)
+    timestep = timesteps(facts, pixels, device)
 
     def call():
         outputs = []

@@ -12,6 +12,10 @@ from dax.facts import FACTS, Facts
 LINK_MIB = (4, 16, 64, 128, 256)
 WARM_FRAMES = 3  # latent frames after which the VAE has met every shape of a longer clip
 CLIP_PROMPTS, CLIP_STEPS = 4, 20
+RESIDUAL_VAE = {  # that of Wan2.2 TI2V-5B
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
+    "patch_size": 2, "scale_factor_spatial": 16,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,11 @@ def decode_rows(job: Job, clock, before) -> list[dict]:
     from dax.parallel.wire import Wire
 
     torch.manual_seed(0)
-    small = {"base_dim": 16, "num_res_blocks": 1} if job.device == "cpu" else {}
-    vae = AutoencoderKLWan(**small).to(job.device).eval()
-    _, frames, height, width = job.facts.latent_shape(**job.pixels)
-    z = torch.randn(1, 16, frames, height, width, generator=torch.Generator().manual_seed(0)).to(job.device)
+    config = RESIDUAL_VAE if job.facts.token_time else {}
+    small = {"base_dim": 16, "decoder_base_dim": None, "num_res_blocks": 1} if job.device == "cpu" else {}
+    vae = AutoencoderKLWan(**config | small).to(job.device).eval()
+    shape = 1, job.facts.out_channels, *job.facts.latent_shape(**job.pixels)[1:]
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(job.device)
     rows, clips, edits = [], [], Edits()
 
     def decode():

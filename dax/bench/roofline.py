@@ -61,6 +61,7 @@ def block_operations(
 ) -> list[Operation]:
     """One transformer block over `tokens` tokens at batch 1, `count` times over, in the order it runs.
 
+    Of VACE the first `count` blocks, and what it takes to make and add their hints.
     The elementwise rows count every read and write of the stock block, in units of U = 2 S C bytes. Fused, a group that
     spans two rows (a gate and the norm after it) is booked on the later one, the last gate on the next norm1.
     """
@@ -69,6 +70,8 @@ def block_operations(
     out = 0.5 if gemm_dtype in EIGHT_BITS else 1  # of what a fused pass writes for the next product
     gelu = 2 * 2 * S * F  # read and write S x F in bf16
     affine = 10 * U if facts.cross_attn_norm else 0
+    # a row of fp32 modulation for every token: 42 U to cast and add the six, 20 U more for where they are used
+    token_time = [elementwise("modulation of every token", 62 * U, 0, count)] if facts.token_time else []
     image = []
     if tokens_of_image := facts.image_tokens:
         image = [
@@ -76,7 +79,17 @@ def block_operations(
             attention("image attention", S, tokens_of_image, C, "bf16", count),
             elementwise("add image attention", 3 * U, 3 * U, count),
         ]
+    control = []
+    if hints := len(facts.cut(count).control_layers):
+        control = [
+            gemm("control in", S, C, C, gemm_dtype),
+            gemm("hints", S, C, C, gemm_dtype, hints),
+            elementwise("add control, hints", (3 + 5 * hints) * U, (1 + 5 * hints) * U),
+        ]
+        count += hints
     return [
+        *control,
+        *token_time,
         elementwise("norm1, modulate", 18 * U, (3 + out) * U, count),
         gemm("self q, k, v", S, C, C, gemm_dtype, 3 * count),
         elementwise("self q, k RMS norm", 4 * U, 0, count),
@@ -114,6 +127,8 @@ def forward_operations(
     cells = prod(facts.patch)
     U = 2 * S * C
     layers = facts.num_layers if num_layers is None else num_layers
+    control = [gemm("control patch embedding", S, facts.control_channels * cells, C)] if facts.control_layers else []
+    times = 1 + facts.token_time  # distinct ones; stock diffusers embeds every token's
     image = []
     if features := facts.image_dim:
         image = [
@@ -122,9 +137,10 @@ def forward_operations(
         ]
     return [
         gemm("patch embedding", S, facts.in_channels * cells, C),
-        gemm("time embedding, in", 1, facts.freq_dim, C),
-        gemm("time embedding, out", 1, C, C),
-        gemm("time projection", 1, C, 6 * C),
+        *control,
+        gemm("time embedding, in", times, facts.freq_dim, C),
+        gemm("time embedding, out", times, C, C),
+        gemm("time projection", times, C, 6 * C),
         gemm("text embedding, in", T, facts.text_dim, C),
         gemm("text embedding, out", T, C, C),
         *image,
@@ -154,15 +170,16 @@ def weight_bytes(facts: Facts, num_layers: int | None = None, eight_bits: bool =
 
     eight_bits   the blocks' linear layers in 8 bits with an fp32 scale for each channel
     """
-    C, layers = facts.width, facts.num_layers if num_layers is None else num_layers
-    parameters = facts.num_parameters - (facts.num_layers - layers) * facts.num_block_parameters
+    facts = facts if num_layers is None else facts.cut(num_layers)
+    C, blocks = facts.width, facts.num_blocks
     time_embedder = (facts.freq_dim * C + C) + (C * C + C)
     image_norms = 2 * (facts.image_dim + C) if facts.image_dim else 0
-    kept = time_embedder + 2 * C + image_norms + layers * (6 * C + 2 * C * facts.cross_attn_norm)
+    kept = time_embedder + 2 * C + image_norms + blocks * (6 * C + 2 * C * facts.cross_attn_norm)
     square = 10 if facts.image_tokens else 8  # products of C columns and C rows
-    saved = layers * (square * C * C + 2 * C * facts.ffn_dim - 4 * ((square + 1) * C + facts.ffn_dim))
-    saved *= eight_bits
-    return 2 * parameters + 2 * kept - saved
+    saved = blocks * (square * C * C + 2 * C * facts.ffn_dim - 4 * ((square + 1) * C + facts.ffn_dim))
+    if facts.control_layers:
+        saved += (1 + len(facts.control_layers)) * (C * C - 4 * C)
+    return 2 * facts.num_parameters + 2 * kept - saved * eight_bits
 
 
 def device_weight_bytes(facts: Facts, eight_bits: bool = False, idle_on_host: bool = False) -> int:
@@ -176,7 +193,7 @@ def device_weight_bytes(facts: Facts, eight_bits: bool = False, idle_on_host: bo
 
 def text_memory_bytes(facts: Facts, branches: int = 2) -> int:
     """Bytes of the keys and values of text and image that every cross-attention layer keeps, in bf16."""
-    return branches * facts.num_layers * 2 * (facts.text_tokens + facts.image_tokens) * facts.width * 2
+    return branches * facts.num_blocks * 2 * (facts.text_tokens + facts.image_tokens) * facts.width * 2
 
 
 def activation_bytes(facts: Facts, tokens: int) -> int:
@@ -184,5 +201,7 @@ def activation_bytes(facts: Facts, tokens: int) -> int:
     U = 2 * tokens * facts.width
     gate = 8 * U  # residual, branch output, and three fp32 intermediates of 2 U
     gelu = 2 * U + 2 * 2 * tokens * facts.ffn_dim  # residual, normed input, GELU's input and output
-    rotary = 2 * tokens * facts.head_dim * 4
+    rotary = 2 * tokens * facts.head_dim * 4 + len(facts.control_layers) * U  # and the hints
+    if facts.token_time:  # six modulations of every token, in bf16 and fp32; another six while they are cast and added
+        return max(31 * U, 18 * U + gate, 18 * U + gelu) + rotary
     return max(gate, gelu) + rotary

@@ -49,6 +49,8 @@ def bench(
     facts, device = facts_of(model or "tiny"), machine(device).device
     if facts.num_images:
         raise DaxError("bad_request", f"bench video: {facts.name} starts from an image: dax bench forward knows it")
+    if facts.control_layers:
+        raise DaxError("bad_request", f"bench video: {facts.name} takes a control video: dax bench forward knows it")
     pixels = checked_size(facts, size)
     steps = facts.defaults.steps if steps is None else steps
     if Plan.load(plan).cache.policy == "none":
@@ -194,6 +196,7 @@ def pipeline(transformers: list, facts):
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=facts.defaults.flow_shift
     )
     experts = dict(zip(("transformer", "transformer_2"), transformers), boundary_ratio=facts.boundary_ratio)
-    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, **experts)
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "scheduler": scheduler, **experts}
+    pipe = WanPipeline(**parts, expand_timesteps=facts.token_time)
     pipe.set_progress_bar_config(disable=True)
     return pipe

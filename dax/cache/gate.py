@@ -272,14 +272,15 @@ def position(timestep: torch.Tensor, timesteps: torch.Tensor) -> int:
     """Where in `timesteps` the timestep of a forward stands. DaxError("bad_request") if nowhere.
 
     A pipeline hands over a view of an element, whose address tells without waiting for the device; else values are
-    compared, at the cost of one wait.
+    compared, at the cost of one wait. Where each token has a timestep, those of a given first frame are 0: the last
+    one counts.
     """
-    first = timestep.reshape(-1)[:1]
-    if first.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
-        step = (first.storage_offset() - timesteps.storage_offset()) // max(1, timesteps.stride(0))
+    last = timestep.reshape(-1)[-1:]
+    if last.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
+        step = (last.storage_offset() - timesteps.storage_offset()) // max(1, timesteps.stride(0))
         if 0 <= step < len(timesteps):
             return step
-    value = first.item()
+    value = last.item()
     found = (timesteps.cpu() == value).nonzero().flatten().tolist()
     if not found:
         raise DaxError("bad_request", f"step cache: timestep {value} is none of the scheduler's {len(timesteps)}")

@@ -35,7 +35,10 @@ def read_images(facts: Facts, first: str | None, last: str | None) -> tuple[Pict
     """The pictures a model starts from, as many as it takes. DaxError("bad_request") for more, fewer or a bad one."""
     given = [path for path in (first, last) if path is not None]
     if given and not facts.num_images:
-        raise DaxError("bad_request", f"--image: {facts.name} starts from text alone; give an image-to-video --model")
+        way_out = "give an image-to-video --model"
+        if facts.token_time:
+            way_out = "name WanImageToVideoPipeline in its model_index.json, with expand_timesteps, to start from one"
+        raise DaxError("bad_request", f"--image: {facts.name} starts from text alone; {way_out}")
     if facts.num_images and first is None:
         raise DaxError("bad_request", f"no image: {facts.name} starts from one: --image first.png")
     if len(given) < facts.num_images:

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 
 from dax.errors import DaxError
-from dax.facts import CLIP_TOKENS, IMAGE_COMPONENTS, Facts, facts_from_config, flow_shift_of, named
+from dax.facts import CLIP_TOKENS, OWN_COMPONENTS, Facts, facts_from_config, flow_shift_of, named
 from dax.generate import shapes
 from dax.generate.checkpoint import (
     bad,
@@ -74,7 +74,7 @@ def locate(model: str) -> Path:
 
 
 def preflight(folder: Path) -> Checked:
-    """Check a diffusers folder of a Wan2.1 pipeline. DaxError("bad_model") names the first file at fault."""
+    """Check a diffusers folder of a Wan pipeline. DaxError("bad_model") names the first file at fault."""
     check_folder(folder)
     index = read_json(folder / "model_index.json")
     check_code(folder)
@@ -86,7 +86,7 @@ def preflight(folder: Path) -> Checked:
     for part in PARTS + image:
         if index.get(part) in (None, [None, None]):
             raise bad(folder / "model_index.json", f"names no {part}")
-    for part in IMAGE_COMPONENTS:
+    for part in OWN_COMPONENTS["WanImageToVideoPipeline"]:
         if index.get(part) not in (None, [None, None]) and part not in image:
             raise bad(folder / "model_index.json", f"names an {part}, and the transformer takes no image tokens")
     check_encoder(folder / "text_encoder" / "config.json", configs["text_encoder"], facts)
@@ -174,6 +174,9 @@ def check_vae(path: Path, config: dict, facts: Facts) -> None:
     z = config.get("z_dim", 16)
     if z != facts.out_channels:
         raise bad(path, f"z_dim = {z!r}, but the transformer's out_channels is {facts.out_channels}")
+    for axis, usual, known in (("spatial", 8, facts.vae_spatial), ("temporal", 4, facts.vae_temporal)):
+        if (factor := config.get(f"scale_factor_{axis}", usual)) != known:
+            raise bad(path, f"scale_factor_{axis} = {factor!r}, but {facts.family} has {known}")
     for key in ("latents_mean", "latents_std"):
         values = config.get(key)
         real = isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e6 for v in values)

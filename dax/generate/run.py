@@ -316,6 +316,12 @@ def check_model(model: str | None, family: bool = False) -> Checked:
     if model in FACTS:
         raise DaxError("bad_model", f"--model {model}: only its shapes are known; give a diffusers folder or a hub id")
     checked = preflight(locate(model))
+    if checked.facts.control_layers:
+        raise DaxError(
+            "bad_model",
+            f"{model}: {checked.facts.name} takes a control video, which the command line does not: load it as "
+            "diffusers' WanVACEPipeline and call dax.optimize on that",
+        )
     if (checked.facts.num_images or checked.facts.num_experts == 2) and not family:
         why = "starts from an image" if checked.facts.num_images else "has two experts"
         raise DaxError(

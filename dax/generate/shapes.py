@@ -19,7 +19,7 @@ def conv(name: str, outputs: int, inputs: int, *kernel: int) -> Shapes:
 
 
 def transformer_shapes(facts: Facts) -> Shapes:
-    """WanTransformer3DModel, with or without the parts for images."""
+    """WanTransformer3DModel, with or without the parts for images, or WanVACETransformer3DModel."""
     C, F = facts.width, facts.ffn_dim
     embedder = "condition_embedder"
     shapes = {
@@ -37,8 +37,13 @@ def transformer_shapes(facts: Facts) -> Shapes:
             shapes |= {f"{image}.{norm}.weight": (size,), f"{image}.{norm}.bias": (size,)}
         if facts.image_positions:
             shapes[f"{image}.pos_embed"] = (1, facts.image_tokens, width)
-    for i in range(facts.num_layers):
-        block = f"blocks.{i}"
+    control = [f"vace_blocks.{i}" for i in range(len(facts.control_layers))]
+    if control:
+        shapes |= conv("vace_patch_embedding", C, facts.control_channels, *facts.patch)
+        shapes |= linear(f"{control[0]}.proj_in", C, C)
+        for block in control:
+            shapes |= linear(f"{block}.proj_out", C, C)
+    for block in (*(f"blocks.{i}" for i in range(facts.num_layers)), *control):
         for attention in ("attn1", "attn2"):
             for projection in ("to_q", "to_k", "to_v", "to_out.0"):
                 shapes |= linear(f"{block}.{attention}.{projection}", C, C)
@@ -104,13 +109,22 @@ def image_encoder_shapes(config: dict, width: int, tokens: int) -> Shapes:
 
 
 def vae_shapes(config: dict) -> Shapes:
-    """AutoencoderKLWan of Wan2.1. DaxError("bad_model") for the residual VAE of Wan2.2."""
+    """AutoencoderKLWan: the plain one of Wan2.1, or the residual one in patches of Wan2.2 TI2V-5B."""
     where = "vae/config.json"
-    for key, plain in (("is_residual", (False, None)), ("patch_size", (None,)), ("attn_scales", ([], None))):
-        if config.get(key) not in plain:
-            raise DaxError("bad_model", f"{where}: {key} = {config[key]!r}: only the VAE of Wan2.1 is supported")
+    if config.get("attn_scales") not in ([], None):
+        raise DaxError("bad_model", f"{where}: attn_scales = {config['attn_scales']!r} must be empty")
     number = reader(config, where)
     base, z, blocks = number("base_dim", 96), number("z_dim", 16), number("num_res_blocks", 2)
+    nested = config.get("is_residual") or False  # residual levels hold their layers, plain ones stand in one list
+    if type(nested) is not bool:
+        raise DaxError("bad_model", f"{where}: is_residual = {nested!r} must be true or false")
+    side = 1 if config.get("patch_size") is None else number("patch_size", 1)
+    pixel = 3 * side**2
+    for key in ("in_channels", "out_channels"):
+        if number(key, 3) != pixel:
+            raise DaxError("bad_model", f"{where}: {key} = {config.get(key, 3)} must be 3 for each pixel of a patch")
+    if number("scale_factor_spatial", 8) != 8 * side:
+        raise DaxError("bad_model", f"{where}: scale_factor_spatial must be {8 * side}, with patches of {side} pixels")
     multiples, halved = config.get("dim_mult", [1, 2, 4, 4]), config.get("temperal_downsample", [False, True, True])
     if not (
         isinstance(multiples, list)
@@ -122,37 +136,38 @@ def vae_shapes(config: dict) -> Shapes:
         raise DaxError(
             "bad_model", f"{where}: dim_mult = {multiples!r} and temperal_downsample = {halved!r} do not fit"
         )
-    if config.get("decoder_base_dim") not in (None, base):
-        raise DaxError("bad_model", f"{where}: decoder_base_dim = {config['decoder_base_dim']!r} differs from base_dim")
     if halved.count(True) != 2:
         raise DaxError("bad_model", f"{where}: temperal_downsample = {halved!r} must halve the frames twice")
-    dims = [base * m for m in multiples]
-    shapes = conv("encoder.conv_in", base, 3, 3, 3, 3)
+    shapes = conv("encoder.conv_in", base, pixel, 3, 3, 3)
     width, index = base, 0
-    for level, out in enumerate(dims):
-        for _ in range(blocks):
-            shapes |= residual(f"encoder.down_blocks.{index}", width, out)
+    for level, multiple in enumerate(multiples):
+        out, down = base * multiple, "encoder.down_blocks"
+        for i in range(blocks):
+            shapes |= residual(f"{down}.{level}.resnets.{i}" if nested else f"{down}.{index}", width, out)
             width, index = out, index + 1
         if level < len(halved):
-            shapes |= conv(f"encoder.down_blocks.{index}.resample.1", out, out, 3, 3)
+            name = f"{down}.{level}.downsampler" if nested else f"{down}.{index}"
+            shapes |= conv(f"{name}.resample.1", out, out, 3, 3)
             if halved[level]:
-                shapes |= conv(f"encoder.down_blocks.{index}.time_conv", out, out, 3, 1, 1)
+                shapes |= conv(f"{name}.time_conv", out, out, 3, 1, 1)
             index += 1
     shapes |= middle("encoder", width)
     shapes |= {"encoder.norm_out.gamma": (width, 1, 1, 1)} | conv("encoder.conv_out", 2 * z, width, 3, 3, 3)
     shapes |= conv("quant_conv", 2 * z, 2 * z, 1, 1, 1) | conv("post_quant_conv", z, z, 1, 1, 1)
+    base = base if config.get("decoder_base_dim") is None else number("decoder_base_dim", base)
+    width = base * multiples[-1]
     shapes |= conv("decoder.conv_in", width, z, 3, 3, 3) | middle("decoder", width)
-    for level, out in enumerate(reversed(dims)):
-        block = f"decoder.up_blocks.{level}"
+    for level, multiple in enumerate(reversed(multiples)):
+        out, block = base * multiple, f"decoder.up_blocks.{level}"
         for i in range(blocks + 1):
             shapes |= residual(f"{block}.resnets.{i}", width, out)
             width = out
         if level < len(halved):
-            shapes |= conv(f"{block}.upsamplers.0.resample.1", out // 2, out, 3, 3)
+            name, width = (f"{block}.upsampler", out) if nested else (f"{block}.upsamplers.0", out // 2)
+            shapes |= conv(f"{name}.resample.1", width, out, 3, 3)
             if halved[::-1][level]:
-                shapes |= conv(f"{block}.upsamplers.0.time_conv", 2 * out, out, 3, 1, 1)
-            width = out // 2
-    return shapes | {"decoder.norm_out.gamma": (width, 1, 1, 1)} | conv("decoder.conv_out", 3, width, 3, 3, 3)
+                shapes |= conv(f"{name}.time_conv", 2 * out, out, 3, 1, 1)
+    return shapes | {"decoder.norm_out.gamma": (width, 1, 1, 1)} | conv("decoder.conv_out", pixel, width, 3, 3, 3)
 
 
 def residual(name: str, inputs: int, outputs: int) -> Shapes:

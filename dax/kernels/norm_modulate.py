@@ -1,7 +1,7 @@
 """LayerNorm and what follows it in a diffusion transformer, in one pass: scale and shift, then bf16 or 8 bits.
 
-The same kernel serves adaptive modulation (weight = 1 + scale, one row per video) and a norm with its own affine
-weights (one row for all).
+The same kernel serves adaptive modulation (weight = 1 + scale, a row or two for each video) and a norm with its own
+affine weights (one row for all).
 """
 
 import torch
@@ -11,18 +11,21 @@ from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
 from dax.kernels.quantize import LARGEST, decoded, load_row, quantize_rows_reference, row_meta, store_codes, store_row
 from dax.kernels.start import start
+from dax.kernels.token_rows import rows_of_tokens, strides
 
 
-def norm_modulate_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+def norm_modulate_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, split: int = 0
+) -> torch.Tensor:
     """LayerNorm(x) * weight + bias, in fp32 inside.
 
     x             [B, S, C]       bf16, fp16 or fp32
-    weight, bias  [B or 1, C]     fp32
+    weight, bias  [B or 1, R, C]  fp32; R = 1, or 2: the first `split` tokens have row 0, the others row 1
     returns       [B, S, C]       in x's dtype
     Reads and writes x once: 4 B S C bytes in bf16. Bandwidth-bound.
     """
-    y = F.layer_norm(x.float(), x.shape[-1:], eps=eps) * weight[:, None] + bias[:, None]
-    return y.to(x.dtype)
+    y = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return (y * rows_of_tokens(weight, x.shape[1], split) + rows_of_tokens(bias, x.shape[1], split)).to(x.dtype)
 
 
 def norm_modulate_quantize_reference(
@@ -32,16 +35,17 @@ def norm_modulate_quantize_reference(
     eps: float,
     dtype: torch.dtype,
     scale: torch.Tensor | None = None,
+    split: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """norm_modulate in 8 bits, never rounded to bf16 in between: ([B, S, C] dtype, [B, S] fp32 scales).
 
     scale     [] fp32   static, or None: each token's own. See quantize_rows.
     Reads x once and writes half of it: 3 B S C bytes in bf16.
     """
-    return quantize_rows_reference(norm_modulate_reference(x.float(), weight, bias, eps), dtype, scale)
+    return quantize_rows_reference(norm_modulate_reference(x.float(), weight, bias, eps, split), dtype, scale)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "split"])
 def norm_kernel(
     X,
     Weight,
@@ -50,7 +54,9 @@ def norm_kernel(
     Scale,
     StaticScale,
     tokens,
-    weight_stride,
+    split,
+    video_stride,
+    row_stride,
     eps,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -72,8 +78,9 @@ def norm_kernel(
         squares += x * x
         centred += (x,)
     inverse = 1.0 / tl.sqrt(tl.sum(squares, 0) / C + eps)
-    weights = load_row(Weight + row // tokens * weight_stride, C, CHUNK)
-    biases = load_row(Bias + row // tokens * weight_stride, C, CHUNK)
+    of_token = row // tokens * video_stride + (row % tokens >= split) * row_stride
+    weights = load_row(Weight + of_token, C, CHUNK)
+    biases = load_row(Bias + of_token, C, CHUNK)
     out = ()
     for j in tl.static_range(len(chunks)):
         out += (centred[j] * inverse * weights[j] + biases[j],)
@@ -83,18 +90,18 @@ def norm_kernel(
         store_codes(Out + row * C, out, Scale + row, StaticScale, inverse * 0.0, C, CHUNK, LARGEST)
 
 
-def normed(x, weight, bias, eps, out, scale, static_scale) -> None:
+def normed(x, weight, bias, eps, out, scale, static_scale, split) -> None:
     B, S, C = x.shape
     weight, bias = (v.float().contiguous() for v in (weight, bias))
-    stride = C if len(weight) > 1 else 0
+    which = (S, split, *strides(weight))
     static = {"LARGEST": LARGEST.get(out.dtype, 0.0)} | row_meta(C)
     with torch.cuda.device_of(x):
-        start(norm_kernel, (B * S,), x.contiguous(), weight, bias, out, scale, static_scale, S, stride, eps, **static)
+        start(norm_kernel, (B * S,), x.contiguous(), weight, bias, out, scale, static_scale, *which, eps, **static)
 
 
-def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, split: int = 0) -> torch.Tensor:
     out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    normed(x, weight, bias, eps, out, None, None)
+    normed(x, weight, bias, eps, out, None, None, split)
     return out
 
 
@@ -105,20 +112,22 @@ def launch_quantize(
     eps: float,
     dtype: torch.dtype,
     scale: torch.Tensor | None = None,
+    split: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(x.shape, device=x.device, dtype=dtype)
     row_scale = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
-    normed(x, weight, bias, eps, codes, row_scale, scale)
+    normed(x, weight, bias, eps, codes, row_scale, scale, split)
     return codes, row_scale
 
 
-def case(B: int, S: int, C: int, samples: int, dtype: torch.dtype | None = None, static: bool = False):
+def case(B: int, S: int, C: int, samples: int, dtype: torch.dtype | None = None, static=False, split: int = -1):
     def arguments(generator, device):
         x = torch.randn(B, S, C, generator=generator).add(0.5).to(torch.bfloat16)
-        weight = torch.randn(samples, C, generator=generator) * 0.3 + 1
-        bias = torch.randn(samples, C, generator=generator) * 0.3
+        rows = (samples, 1 if split < 0 else 2, C)
+        weight = torch.randn(rows, generator=generator) * 0.3 + 1
+        bias = torch.randn(rows, generator=generator) * 0.3
         quantised = () if dtype is None else (dtype, torch.tensor(4.0 / LARGEST[dtype]).to(device) if static else None)
-        return x.to(device), weight.to(device), bias.to(device), 1e-6, *quantised
+        return x.to(device), weight.to(device), bias.to(device), 1e-6, *quantised, max(split, 0)
 
     return arguments
 
@@ -131,8 +140,11 @@ norm_modulate = define(
         "modulated, two videos": case(2, 63, 384, 2),
         "affine, wide": case(2, 5, 5120, 1),
         "odd width": case(1, 257, 1536 + 16, 1),
+        "two rows": case(2, 63, 384, 2, split=7),
+        "two rows, the first unused": case(1, 5, 384, 1, split=0),
+        "two rows, the last unused": case(2, 5, 384, 1, split=5),
     },
-    cost=lambda x, weight, bias, eps: Cost(0, 2 * x.numel() * x.element_size()),
+    cost=lambda x, weight, bias, eps, split=0: Cost(0, 2 * x.numel() * x.element_size()),
 )
 norm_modulate_quantize = define(
     norm_modulate_quantize_reference,
@@ -141,8 +153,11 @@ norm_modulate_quantize = define(
         "modulated, int8": case(2, 63, 384, 2, torch.int8),
         "affine, e4m3": case(1, 257, 5120, 1, torch.float8_e4m3fn),
         "static, int8": case(1, 63, 1536, 1, torch.int8, static=True),
+        "two rows, int8": case(2, 63, 384, 2, torch.int8, split=62),
     },
-    exact=lambda x, weight, bias, eps, dtype, scale=None: norm_modulate_reference(x.float(), weight, bias, eps),
+    exact=lambda x, weight, bias, eps, dtype, scale=None, split=0: norm_modulate_reference(
+        x.float(), weight, bias, eps, split
+    ),
     decode=decoded,
-    cost=lambda x, weight, bias, eps, dtype, scale=None: Cost(0, x.numel() * (x.element_size() + 1)),
+    cost=lambda x, weight, bias, eps, dtype, scale=None, split=0: Cost(0, x.numel() * (x.element_size() + 1)),
 )

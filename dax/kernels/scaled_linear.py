@@ -14,6 +14,7 @@ from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
 from dax.kernels.quantize import LARGEST, decoded, quantize_rows_reference, to_codes
 from dax.kernels.start import start
+from dax.kernels.token_rows import rows_of_tokens
 
 
 def scaled_linear_reference(
@@ -26,12 +27,14 @@ def scaled_linear_reference(
     gelu: bool = False,
     gate: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    split: int = 0,
 ) -> torch.Tensor:
     """A linear layer of 8-bit operands, with bias, and GELU(tanh) or gate and residual after it.
 
     x, x_scale            [B, S, K] 8 bits, [B, S] fp32   see quantize_rows; any leading shape without a gate
     weight, weight_scale  [N, K] 8 bits, [N] fp32         bias  [N] or None
-    gate, residual        [B or 1, N] fp32, [B, S, N]     out = residual + gate * (...); gate None means 1
+    gate, residual        [B or 1, R, N] fp32, [B, S, N]  out = residual + gate * (...); gate None means 1. Of R = 2
+                                                          rows the first `split` tokens have the first
     returns               [B, S, N]                       in `dtype`, computed in fp32
     DaxError("bad_request") for K or N that is not a multiple of 16. 2 B S K N operations.
     """
@@ -41,7 +44,7 @@ def scaled_linear_reference(
     if gelu:
         y = F.gelu(y, approximate="tanh")
     if gate is not None:
-        y = y * gate[:, None].float()
+        y = y * rows_of_tokens(gate, y.shape[1], split).float()
     return (y if residual is None else residual.float() + y).to(dtype)
 
 
@@ -78,7 +81,7 @@ def gelu_tanh(y):
     return y * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * u)))  # y (1 + tanh u) / 2
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["XScale"])  # it may begin at any token
 def linear_kernel(
     X,
     XScale,
@@ -161,28 +164,41 @@ def launch(
     gelu: bool = False,
     gate: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    split: int = 0,
 ) -> torch.Tensor:
     check_shapes(x, weight)
     N = len(weight)
     out = torch.empty(*x.shape[:-1], N, device=x.device, dtype=dtype)
     bias = torch.zeros_like(weight_scale) if bias is None else bias.float()
     x, x_scale = x.contiguous(), x_scale.contiguous()
-    samples = range(1 if gate is None else len(gate))  # each video has its own gate
-    for i in samples:
-        part = slice(None) if len(samples) == 1 else i
-        scale, offset = (weight_scale, bias) if gate is None else (weight_scale * gate[i], bias * gate[i])
+    for where, factor in pieces(gate, x.shape[:-1], split):
+        scale, offset = (weight_scale, bias) if factor is None else (weight_scale * factor, bias * factor)
         product(
-            x[part].reshape(-1, x.shape[-1]),
-            x_scale[part].reshape(-1),
+            x[where].reshape(-1, x.shape[-1]),
+            x_scale[where].reshape(-1),
             weight,
             scale,
             offset,
-            None if residual is None else residual[part].reshape(-1, N).contiguous(),
+            None if residual is None else residual[where].reshape(-1, N).contiguous(),
             None,
-            out[part].view(-1, N),
+            out[where].view(-1, N),
             gelu,
         )
     return out
+
+
+def pieces(gate: torch.Tensor | None, shape: torch.Size, split: int) -> list:
+    """[(index, [N] gate)] of the tokens that have one gate: all, a video's, or a video's first ones and its others."""
+    if gate is None or gate.shape[:2] == (1, 1):
+        return [(..., None if gate is None else gate[0, 0])]
+    B, S = shape
+    runs = [(0, S)] if gate.shape[1] == 1 else [(0, split), (split, S)]
+    return [
+        ((i, slice(start, stop)), gate[i % len(gate), row])
+        for i in range(B)
+        for row, (start, stop) in enumerate(runs)
+        if start < stop
+    ]
 
 
 def launch_quantize(
@@ -206,7 +222,7 @@ def launch_quantize(
 
 
 def case(shape: tuple, N: int, dtype: torch.dtype, static: bool = False, **flags):
-    """flags: gelu, bias=False, residual=True, gates=number of rows of the gate."""
+    """flags: gelu, bias=False, residual=True, gates=(videos, rows) of the gate, split."""
 
     def arguments(generator, device):
         x, x_scale = quantize_rows_reference(torch.randn(*shape, generator=generator), dtype)
@@ -219,15 +235,15 @@ def case(shape: tuple, N: int, dtype: torch.dtype, static: bool = False, **flags
         if static:
             operands += [torch.tensor(3.0 / LARGEST[dtype]), gelu]
         else:
-            gate = torch.randn(flags["gates"], N, generator=generator) if "gates" in flags else None
+            gate = torch.randn(*flags["gates"], N, generator=generator) if "gates" in flags else None
             residual = torch.randn(*shape[:-1], N, generator=generator).bfloat16() if flags.get("residual") else None
-            operands += [torch.bfloat16, gelu, gate, residual]
+            operands += [torch.bfloat16, gelu, gate, residual, flags.get("split", 0)]
         return tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in operands)
 
     return arguments
 
 
-def cost(x, x_scale, weight, weight_scale, bias, dtype_or_scale, gelu=False, gate=None, residual=None) -> Cost:
+def cost(x, x_scale, weight, weight_scale, bias, dtype_or_scale, gelu=False, gate=None, residual=None, split=0) -> Cost:
     """Operands once, the output once; the residual too where there is one."""
     rows, (N, K) = x.numel() // x.shape[-1], weight.shape
     out = dtype_or_scale.itemsize if isinstance(dtype_or_scale, torch.dtype) else 1
@@ -243,8 +259,10 @@ scaled_linear = define(
         "odd, int8": case((257, 400), 528, torch.int8),
         "odd, no bias, e4m3": case((63, 384), 272, torch.float8_e4m3fn, bias=False),
         "gelu, int8": case((1, 130, 384), 1024, torch.int8, gelu=True),
-        "gate and residual, int8": case((2, 65, 1024), 384, torch.int8, gates=2, residual=True),
-        "one gate, e4m3": case((2, 65, 1024), 256, torch.float8_e4m3fn, gates=1, residual=True),
+        "gate and residual, int8": case((2, 65, 1024), 384, torch.int8, gates=(2, 1), residual=True),
+        "one gate, e4m3": case((2, 65, 1024), 256, torch.float8_e4m3fn, gates=(1, 1), residual=True),
+        "two gates, int8": case((2, 65, 400), 384, torch.int8, gates=(1, 2), residual=True, split=33),
+        "two gates a video, the last unused, int8": case((2, 9, 384), 64, torch.int8, gates=(2, 2), split=9),
         "residual alone, int8": case((1, 129, 384), 512, torch.int8, residual=True),
         "e5m2 by e4m3": case((63, 384), 256, torch.float8_e5m2),
         "long, int8": case((3, 13824), 32, torch.int8),

@@ -162,7 +162,7 @@ def producer(XTiles, WTiles, xs, ws, full, empty, M, N, K, blocks):
             done += 1
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["XScale"])
 def linear_kernel(
     XTiles,
     WTiles,

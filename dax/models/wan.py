@@ -32,7 +32,9 @@ class Target:
     facts: Facts
 
     def blocks(self) -> list[nn.Module]:
-        return [block for transformer in self.transformers for block in transformer.blocks]
+        """Of all transformers; VACE's control blocks too."""
+        lists = ((each.blocks, getattr(each, "vace_blocks", ())) for each in self.transformers)
+        return [block for pair in lists for blocks in pair for block in blocks]
 
     def attentions(self, cross: bool) -> list[nn.Module]:
         """The self- or the cross-attention layer of every block that has one as DAX knows it."""
@@ -53,7 +55,7 @@ def vendor() -> tuple[type, type]:
 
 
 def target_of(model) -> Target:
-    """A WanPipeline, a WanImageToVideoPipeline or a bare WanTransformer3DModel as a Target; of two experts, both.
+    """A pipeline of a Wan, or its bare transformer, as a Target; of two experts, both.
 
     DaxError("bad_model") for any other family, from class names and configs alone.
     """
@@ -262,16 +264,17 @@ def check_processor() -> None:
 
 
 def build_random(facts: Facts, device: str = "cpu", num_layers: int | None = None, seed: int = 0):
-    """A WanTransformer3DModel of random weights made on `device`: bf16, the vendor's fp32 parts in fp32.
+    """A Wan transformer of random weights made on `device`: bf16, the vendor's fp32 parts in fp32.
 
     num_layers   fewer blocks than the model has, for a bench of some of them
     The same seed on the same device gives the same weights. Costs the model's bytes on the device, nothing elsewhere.
     """
-    from diffusers import WanTransformer3DModel
+    import diffusers
 
-    config = facts.transformer_config() | ({} if num_layers is None else {"num_layers": num_layers})
+    if num_layers is not None:
+        facts = facts.cut(num_layers)
     with torch.device("meta"):
-        model = WanTransformer3DModel(**config)
+        model = getattr(diffusers, facts.transformer_class)(**facts.transformer_config())
     model.rope = type(model.rope)(facts.head_dim, facts.patch, facts.rope_max_seq_len).to(device)  # a table, no weight
     generator = torch.Generator(device).manual_seed(seed)
     for name, planned in list(model.named_parameters()):

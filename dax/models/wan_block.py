@@ -7,6 +7,7 @@ an adapter, or whose neighbours are quantised otherwise, runs by itself, as the 
 """
 
 from collections import Counter
+from copy import deepcopy
 from functools import cache, partial
 
 import torch
@@ -19,6 +20,7 @@ from dax.kernels.gated_residual import gated_residual
 from dax.kernels.norm_modulate import norm_modulate, norm_modulate_quantize
 from dax.kernels.scaled_linear import scaled_linear
 from dax.kernels.start import compiled_ahead
+from dax.models.token_time import Modulation, modulation
 from dax.models.wan import TEXT_TOKENS, WanProcessor, attend_heads, attend_text, small_numbers
 from dax.quant.linear import QuantLinear
 
@@ -29,34 +31,50 @@ Activation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # bf16, or 8 bits
 def block_forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb):
     """What WanTransformerBlock.forward computes.
 
-    hidden_states [B, S, C]   encoder_hidden_states [B, I + T, C]   temb [B, 6, C]   rotary_emb as in WanProcessor
+    hidden_states [B, S, C]   encoder_hidden_states [B, I + T, C]   rotary_emb as in WanProcessor
+    temb          [B, 6, C]   or a Modulation of rows [B, R, 6, C]
     returns       [B, S, C]   in hidden_states' dtype; norms, gates and residuals in fp32 inside
     """
-    x, text = hidden_states, encoder_hidden_states
-    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + temb.float()).unbind(1)
+    x, text, times = hidden_states, encoder_hidden_states, modulation(temb)
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + times.rows.float()).unbind(2)
     attn1, attn2, (ffn_in, _, ffn_out) = block.attn1, block.attn2, block.ffn.net
 
-    h = normed(x, 1 + scale, shift, block.norm1.eps, projections(attn1))
+    h = normed(x, 1 + scale, shift, block.norm1.eps, projections(attn1), times.split)
     o = attend_heads(attn1, *queries_keys_values(attn1, h, x.dtype), rotary_emb, attn1.processor.backend)
-    x = added(attn1.to_out[0], o, gate, x)
+    x = added(attn1.to_out[0], o, gate, x, times.split)
 
     norm = block.norm2
-    h = x if isinstance(norm, nn.Identity) else normed(x, norm.weight[None], norm.bias[None], norm.eps, [attn2.to_q])
+    if isinstance(norm, nn.Identity):
+        h = x
+    else:
+        h = normed(x, norm.weight[None, None], norm.bias[None, None], norm.eps, [attn2.to_q])
     o = attend_text(attn2, run(attn2.to_q, h, x.dtype), text, attn2.processor.backend, attn2.processor.text)
     x = added(attn2.to_out[0], o, None, x)
 
-    h = normed(x, 1 + ffn_scale, ffn_shift, block.norm3.eps, [ffn_in.proj])
-    return added(ffn_out, gelu(ffn_in, h, ffn_out, x.dtype), ffn_gate, x)
+    h = normed(x, 1 + ffn_scale, ffn_shift, block.norm3.eps, [ffn_in.proj], times.split)
+    return added(ffn_out, gelu(ffn_in, h, ffn_out, x.dtype), ffn_gate, x, times.split)
 
 
-def normed(x, weight, bias, eps: float, layers: list) -> Activation:
-    """LayerNorm(x) * weight + bias as `layers` take it: in their 8 bits where all take the same, else in x's dtype."""
+def control_forward(block, hidden_states, encoder_hidden_states, control_hidden_states, temb, rotary_emb):
+    """What WanVACETransformerBlock.forward computes: (the hint or None, the control tokens), each [B, S, C]."""
+    x = control_hidden_states
+    if block.proj_in is not None:
+        x = added(block.proj_in, x, None, hidden_states)
+    x = block_forward(block, x, encoder_hidden_states, temb, rotary_emb)
+    return None if block.proj_out is None else block.proj_out(x), x
+
+
+def normed(x, weight, bias, eps: float, layers: list, split: int = 0) -> Activation:
+    """LayerNorm(x) * weight + bias as `layers` take it: in their 8 bits where all take the same, else in x's dtype.
+
+    weight, bias  [B or 1, R, C] fp32; `split` parts the tokens of two rows
+    """
     first = layers[0]
     if not share_codes(layers):
-        return norm_modulate(x, weight, bias, eps)
+        return norm_modulate(x, weight, bias, eps, split)
     if first.rule.static or first.rule.per_token:
-        return norm_modulate_quantize(x, weight, bias, eps, first.activation, first.input_scale)
-    return first.quantize(norm_modulate(x, weight, bias, eps))
+        return norm_modulate_quantize(x, weight, bias, eps, first.activation, first.input_scale, split)
+    return first.quantize(norm_modulate(x, weight, bias, eps, split))
 
 
 def share_codes(layers: list) -> bool:
@@ -106,13 +124,13 @@ def gelu(ffn_in, h: Activation, following, dtype: torch.dtype) -> Activation:
     return ffn_in.proj.forward_quantized(*h, dtype, gelu=True)
 
 
-def added(layer, h: Activation, gate, residual) -> torch.Tensor:
-    """residual + gate * layer(h); gate [B, C] fp32, or None for 1."""
+def added(layer, h: Activation, gate, residual, split: int = 0) -> torch.Tensor:
+    """residual + gate * layer(h); gate [B, R, C] fp32, or None for 1; `split` parts the tokens of two rows."""
     if takes_codes(layer):
         codes, scale = h if isinstance(h, tuple) else layer.quantize(h)
-        return layer.forward_quantized(codes, scale, residual.dtype, gate=gate, residual=residual)
+        return layer.forward_quantized(codes, scale, residual.dtype, gate=gate, residual=residual, split=split)
     y = layer(h)
-    return residual + y if gate is None else gated_residual(y, gate, residual)
+    return residual + y if gate is None else gated_residual(y, gate, residual, split)
 
 
 def joined(tensors: list) -> torch.Tensor | None:
@@ -177,8 +195,12 @@ def apply_blocks(target, edits: Edits) -> int:
             )
     for block in target.blocks():
         join(projections(block.attn1), edits)
-        edits.set_attribute(block, "forward", partial(block_forward, block))
+        edits.set_attribute(block, "forward", partial(forward_of(block), block))
     return len(target.blocks())
+
+
+def forward_of(block):
+    return control_forward if hasattr(block, "proj_in") else block_forward
 
 
 def compile_kernels(target) -> None:
@@ -187,15 +209,15 @@ def compile_kernels(target) -> None:
     The kernels serve any number of tokens. Blocks that wait elsewhere, as when offloaded, compile at their first call.
     """
     facts = target.facts
-    for transformer in target.transformers:
-        kinds = {repr(block): block for block in transformer.blocks if block.scale_shift_table.is_cuda}
-        for block in kinds.values():
-            device = block.scale_shift_table.device
-            zeros = partial(torch.zeros, device=device, dtype=transformer.dtype)
-            x, text = zeros(1, FEW_TOKENS, facts.width), zeros(1, facts.image_tokens + TEXT_TOKENS, facts.width)
-            rotary = (torch.zeros(1, FEW_TOKENS, 1, facts.head_dim, device=device),) * 2
-            with torch.cuda.device(device), torch.no_grad(), compiled_ahead():
-                block(x, text, zeros(1, 6, facts.width), rotary)
+    kinds = {repr(block): block for block in target.blocks() if block.scale_shift_table.is_cuda}
+    for block in kinds.values():
+        device = block.scale_shift_table.device
+        zeros = partial(torch.zeros, device=device, dtype=target.transformers[0].dtype)
+        x, text = zeros(1, FEW_TOKENS, facts.width), zeros(1, facts.image_tokens + TEXT_TOKENS, facts.width)
+        control = [x] * (forward_of(block) is control_forward)
+        rotary = (torch.zeros(1, FEW_TOKENS, 1, facts.head_dim, device=device),) * 2
+        with torch.cuda.device(device), torch.no_grad(), compiled_ahead():
+            block(x, text, *control, zeros(1, 6, facts.width), rotary)
 
 
 def segments(block) -> dict[str, bool]:
@@ -225,30 +247,60 @@ def fused_segments(target) -> dict[str, int]:
 
 
 @cache
-def difference() -> str | None:
-    """Run the fused block and the vendor's own on small numbers: how they differ, or None if they do not."""
+def difference(control: bool = False) -> str | None:
+    """Run the fused block and the vendor's own on small numbers: how they differ, or None if they do not.
+
+    control   a control block of VACE, too
+    """
     import diffusers
 
-    from dax.attention import backend_of
-
-    S, T, H, D = 6, TEXT_TOKENS + 5, 2, 8  # 5 tokens of an image
-    angle = torch.arange(S * D / 2).view(1, S, 1, D // 2).repeat_interleave(2, dim=-1)
     try:
-        from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-
-        with small_numbers():
-            block = WanTransformerBlock(H * D, 32, H, cross_attn_norm=True, added_kv_proj_dim=H * D).eval()
-            for parameter in block.parameters():
-                parameter.normal_()
-            args = (torch.randn(2, S, H * D), torch.randn(2, T, H * D), torch.randn(2, 6, H * D))
-            rotary = (angle.cos(), angle.sin())
-            theirs = block(*args, rotary)
-            for attn in (block.attn1, block.attn2):
-                attn.set_processor(WanProcessor(backend_of("sdpa")))
-            ours = block_forward(block, *args, rotary)
-        error = ((ours - theirs).norm() / theirs.norm()).item()
+        found = [compare(*each) for each in small_blocks(control)]
     except (ImportError, TypeError, AttributeError, ValueError, RuntimeError) as problem:
         return f"diffusers {diffusers.__version__} builds Wan's block otherwise ({type(problem).__name__}: {problem})"
-    if not error < 1e-5:
-        return f"diffusers {diffusers.__version__} computes Wan's block otherwise (relative difference {error:.1e})"
+    if not all(error < 1e-5 for error in found):
+        return (
+            f"diffusers {diffusers.__version__} computes Wan's block otherwise (relative difference {max(found):.1e})"
+        )
     return None
+
+
+def small_blocks(control: bool):
+    """(a vendor's block, its arguments, those of the fused one) with one timestep, with two, and of VACE."""
+    from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+    S, T, H, D, split = 6, TEXT_TOKENS + 5, 2, 8, 2  # 5 tokens of an image
+    options = {"cross_attn_norm": True, "added_kv_proj_dim": H * D}
+    with small_numbers():
+        angle = torch.arange(S * D / 2).view(1, S, 1, D // 2).repeat_interleave(2, dim=-1)
+        rotary = angle.cos(), angle.sin()
+        x, text, temb = torch.randn(2, S, H * D), torch.randn(2, T, H * D), torch.randn(2, 2, 6, H * D)
+        tokens = temb.repeat_interleave(torch.tensor([split, S - split]), 1)
+        block = WanTransformerBlock(H * D, 32, H, **options)
+        yield block, (x, text, temb[:, 0], rotary), (x, text, temb[:, 0], rotary)
+        yield block, (x, text, tokens, rotary), (x, text, Modulation(temb, split), rotary)
+        if control:
+            from diffusers.models.transformers.transformer_wan_vace import WanVACETransformerBlock
+
+            block = WanVACETransformerBlock(
+                H * D, 32, H, **options, apply_input_projection=True, apply_output_projection=True
+            )
+            given = x, text, torch.randn(2, S, H * D), temb[:, 0], rotary
+            yield block, given, given
+
+
+def compare(block, theirs, ours) -> float:
+    """Relative difference of the fused forward to the block's own; its weights become random."""
+    from dax.attention import backend_of
+
+    with small_numbers():
+        for parameter in block.eval().parameters():
+            parameter.normal_()
+        wanted = block(*theirs)
+        twin = deepcopy(block)
+        for attn in (twin.attn1, twin.attn2):
+            attn.set_processor(WanProcessor(backend_of("sdpa")))
+        got = forward_of(twin)(twin, *ours)
+        if isinstance(got, tuple):
+            got, wanted = torch.stack(got), torch.stack(wanted)
+    return ((got - wanted).norm() / wanted.norm()).item()

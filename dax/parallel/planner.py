@@ -122,7 +122,7 @@ def predict(
     rounds = ceil(branches / topology.cfg)
     alone = compute_s(facts, tokens, Topology(), cluster)
     latents = exchange_s(4 * facts.out_channels * tokens * 4, 2, cluster) if topology.cfg > 1 else 0.0
-    speedup = branches * facts.num_layers * alone / (rounds * facts.num_layers * layer + latents)
+    speedup = branches * facts.num_blocks * alone / (rounds * facts.num_blocks * layer + latents)
     return Prediction(topology, chunks, 1e3 * compute, 1e3 * total, 1e3 * exposed, 1e3 * tax, speedup)
 
 

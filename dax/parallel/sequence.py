@@ -4,6 +4,9 @@ The tokens are cut where the blocks begin and joined after the head, where they 
 norms, linears and the embeddings of text and time need no other rank.
 """
 
+from torch.nn.functional import pad
+
+from dax.errors import DaxError
 from dax.parallel.topology import Layout
 from dax.parallel.wire import gather
 
@@ -34,26 +37,42 @@ def apply_sequence(transformer, sequence: Sequence, edits) -> int:
     """Cut the tokens after the patch embedding and join them after the head; returns the number of blocks in between.
 
     The rotary table, which the vendor makes first, is cut too: each rank rotates its own tokens before any exchange.
-    Nothing is hooked to a block, so blocks may be compiled, fused or replaced.
+    So are timesteps, where each token has its own, and the control tokens of VACE. Nothing is hooked to a block, so
+    blocks may be compiled, fused or replaced.
     """
 
     def shard_table(rope, inputs, tables):
         sequence.begin(tables[0].shape[1])
         return tuple(sequence.shard(table, 1) for table in tables)  # [1, S, 1, D] each
 
+    def shard_times(embedder, args, kwargs):
+        if (tokens := kwargs.get("timestep_seq_len")) is not None:
+            times = sequence.shard(args[0].unflatten(0, (-1, tokens)), 1)  # of [B S]
+            return (times.flatten(), *args[1:]), kwargs | {"timestep_seq_len": times.shape[1]}
+
     def shard_tokens(embedding, inputs, patches):
         return sequence.shard(patches.flatten(2), 2).unflatten(2, (-1, 1, 1))  # [B, C, s, 1, 1]
+
+    def shard_control(embedding, inputs, patches):
+        missing = sequence.layout.tokens - patches[0, 0].numel()  # the vendor adds zeros where control ends earlier
+        if missing < 0:
+            raise DaxError("bad_request", f"control_hidden_states: {-missing} tokens more than the video has")
+        return shard_tokens(embedding, inputs, pad(patches.flatten(2), (0, missing)))
 
     def gather_tokens(head, inputs, output):
         return sequence.gather(output, 1)
 
-    for register in (
+    registers = [
         lambda: transformer.rope.register_forward_hook(shard_table),
+        lambda: transformer.condition_embedder.register_forward_pre_hook(shard_times, with_kwargs=True),
         lambda: transformer.patch_embedding.register_forward_hook(shard_tokens),
         lambda: transformer.proj_out.register_forward_hook(gather_tokens),
-    ):
+    ]
+    if hasattr(transformer, "vace_blocks"):
+        registers.append(lambda: transformer.vace_patch_embedding.register_forward_hook(shard_control))
+    for register in registers:
         add_hook(register, edits)
-    return len(transformer.blocks)
+    return len(transformer.blocks) + len(getattr(transformer, "vace_blocks", ()))
 
 
 def add_hook(register, edits) -> None:

@@ -79,13 +79,15 @@ class QuantLinear(nn.Linear):
             return F.linear(x, self.dequantized(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         return self.forward_quantized(*self.quantize(x), x.dtype)
 
-    def forward_quantized(self, x, scale, dtype=torch.bfloat16, gelu=False, gate=None, residual=None) -> torch.Tensor:
+    def forward_quantized(
+        self, x, scale, dtype=torch.bfloat16, gelu=False, gate=None, residual=None, split=0
+    ) -> torch.Tensor:
         """The layer on an input that comes quantised, with GELU, or gate and residual, in the same kernel.
 
         x, scale   [B, S, K] of `activation`, [B, S] fp32, as `quantize` gives them; the rest as in scaled_linear
         """
         weight, weight_scale, bias = self.weight, self.weight_scale, self.bias
-        return scaled_linear(x, scale, weight, weight_scale, bias, dtype, gelu, gate, residual)
+        return scaled_linear(x, scale, weight, weight_scale, bias, dtype, gelu, gate, residual, split)
 
     def forward_gelu_quantized(self, x, scale, following: "QuantLinear", dtype=torch.bfloat16):
         """GELU of the layer, in the 8 bits that `following` takes: (codes, scales).

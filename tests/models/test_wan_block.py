@@ -1,5 +1,7 @@
 """The fused Wan block: equal to the vendor's, whatever its layers are, undone bit for bit, and never silently less."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -153,7 +155,7 @@ def test_weights_that_moved_apart_still_run(random_pipe):
 
 
 def test_another_vendor_block_falls_back_by_name_or_is_refused(random_pipe, monkeypatch):
-    monkeypatch.setattr(wan_block, "difference", lambda: "diffusers 9 computes Wan's block otherwise")
+    monkeypatch.setattr(wan_block, "difference", lambda control: "diffusers 9 computes Wan's block otherwise")
     with dax.optimize(random_pipe) as engine:
         assert engine.fallbacks == ("blocks.fused = true: diffusers 9 computes Wan's block otherwise; false instead",)
         assert not engine.plan.blocks.fused and "forward" not in vars(random_pipe.transformer.blocks[0])
@@ -164,7 +166,7 @@ def test_another_vendor_block_falls_back_by_name_or_is_refused(random_pipe, monk
 def test_the_guard_sees_a_block_that_computes_otherwise(monkeypatch):
     assert wan_block.difference.__wrapped__() is None
     stock = wan_block.gated_residual
-    monkeypatch.setattr(wan_block, "gated_residual", lambda y, gate, residual: stock(y, 1 + gate, residual))
+    monkeypatch.setattr(wan_block, "gated_residual", lambda y, gate, *rest: stock(y, 1 + gate, *rest))
     assert "computes Wan's block otherwise" in wan_block.difference.__wrapped__()
 
 
@@ -185,7 +187,7 @@ def test_planted_faults_are_heard(random_pipe, monkeypatch, name):
         "norm_modulate_quantize": lambda *args: (lambda codes, scale: (codes, scale.mean() + 0 * scale))(
             *original(*args)
         ),
-        "gated_residual": lambda y, gate, residual: residual + y,
+        "gated_residual": lambda y, gate, residual, split: residual + y,
         "attend_text": lambda attn, q, *rest: torch.zeros_like(q),
     }
     keys = {"linear": {"scheme": "int8"}} if name == "norm_modulate_quantize" else {}
@@ -209,22 +211,29 @@ def test_pefts_own_adapter_on_8_bits(random_pipe):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_first_forward_compiles_nothing(monkeypatch, fused):
+@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "wan2.1-vace-1.3b", "wan2.2-ti2v-5b"])
+def test_a_first_forward_compiles_nothing(monkeypatch, fused, name):
     """What `optimize` compiled on a few tokens is what runs, at an odd number of them and for two videos too."""
     from triton import knobs
 
     from dax.facts import FACTS
     from dax.models.wan import build_random
 
-    facts = FACTS["wan2.1-t2v-1.3b"]
+    facts = FACTS[name]
     transformer = build_random(facts, "cuda", num_layers=1)
     with dax.optimize(transformer, "balanced", blocks={"fused": fused}):
         compiled = []
         monkeypatch.setattr(knobs.compilation, "listener", lambda *, src, **_: compiled.append(src.name))
         for videos, frames in ((1, 3), (2, 1)):
-            latents = torch.randn(videos, 16, frames, 10, 14, device="cuda", dtype=torch.bfloat16)
-            text = torch.randn(videos, 512, facts.text_dim, device="cuda", dtype=torch.bfloat16)
+            gaussian = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+            latents, text = gaussian(videos, facts.in_channels, frames, 10, 14), gaussian(videos, 512, facts.text_dim)
+            times, control = torch.full((videos,), 500.0, device="cuda"), {}
+            if facts.token_time:
+                times = times[:, None].repeat(1, 35 * frames)
+                times[:, :35] = 0
+            if facts.control_layers:
+                control["control_hidden_states"] = gaussian(videos, 96, frames, 10, 14)
             with torch.no_grad():
-                out = transformer(latents, torch.full((videos,), 500.0, device="cuda"), text).sample
+                out = transformer(latents, times, text, **control).sample
             assert out.isfinite().all()
     assert compiled == []

@@ -167,14 +167,14 @@ def order_of_int8():
     return events
 
 
-def vae_decode(columns, dtype=torch.float32):
+def vae_decode(columns, residual=False):
     """(relative difference of the split decode to the whole one, layers split, whether undo gave the VAE back)."""
     from dax.edits import Edits
     from dax.parallel.vae import apply_vae
-    from tests.conftest import build_random_pipe
+    from tests.conftest import build_random_pipe, build_ti2v_pipe
 
-    vae = build_random_pipe().vae.to(dtype)
-    z = torch.randn(1, 16, 3, 5, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    vae = (build_ti2v_pipe() if residual else build_random_pipe()).vae
+    z = torch.randn(1, vae.config.z_dim, 3, 5, columns, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = vae.decode(z, return_dict=False)[0]
         edits = Edits()
@@ -269,17 +269,46 @@ def model(parallel, guidance_scale=4.0, kernel="sdpa", heads=12):
     return relative(together, alone), (more - frames).abs().max().item(), restored, summary
 
 
-def image_to_video(parallel, num_images):
-    """(relative difference of the latents to one process, whether undo gives the model back)"""
-    import dax
-    from tests.conftest import build_image_pipe
-    from tests.models.test_image_to_video import latents
+def member(builder, option, parallel, size, keys):
+    """(relative difference of the latents to one process, whether undo gives the model back) of another Wan.
 
-    pipe = build_image_pipe(num_images)
-    alone = latents(pipe)
-    with dax.optimize(pipe, parallel=parallel):
-        together = latents(pipe)
-    return relative(together, alone), torch.equal(latents(pipe), alone)
+    builder   the name of one of tests.conftest's, called with `option`;  keys  more of the plan
+    """
+    import dax
+    from tests import conftest
+    from tests.models import test_image_to_video, test_vace
+
+    latents = (test_vace if builder == "build_vace_pipe" else test_image_to_video).latents
+    pipe = getattr(conftest, builder)(option)
+    alone = latents(pipe, **size)
+    with dax.optimize(pipe, parallel=parallel, **keys):
+        together = latents(pipe, **size)
+    return relative(together, alone), torch.equal(latents(pipe, **size), alone)
+
+
+def other_control():
+    """(relative difference of the velocity under control of fewer frames to one process, what more frames raise)"""
+    import dax
+    from dax.errors import DaxError
+    from tests.conftest import build_vace_pipe
+
+    model, generator = build_vace_pipe().transformer, torch.Generator().manual_seed(0)
+    video, text, control = (
+        torch.randn(*s, generator=generator) for s in ((1, 16, 3, 10, 6), (1, 5, 32), (1, 96, 4, 10, 6))
+    )
+
+    def velocity(frames):
+        given = {"control_hidden_states": control[:, :, :frames], "return_dict": False}
+        return model(video, torch.tensor([500]), text, **given)[0]
+
+    alone = velocity(2)
+    with dax.optimize(model):
+        together = velocity(2)
+        try:
+            velocity(4)
+        except DaxError as error:
+            said = str(error)
+    return relative(together, alone), said
 
 
 def two_experts(parallel, image, more):

@@ -34,9 +34,45 @@ def test_without_guidance(ranks):
     ("parallel", "num_images"), [({"cfg": 2}, 2), ({"cfg": 1, "ulysses": 2}, 1), ({"cfg": 1, "rows": 2}, 2)], ids=str
 )
 def test_image_to_video(ranks, parallel, num_images):
-    for latents, restored in ranks(2).run(tasks.image_to_video, parallel, num_images):
+    for latents, restored in ranks(2).run(tasks.member, "build_image_pipe", num_images, parallel, {}, {}):
         assert latents < 1e-5
         assert restored
+
+
+@pytest.mark.parametrize(
+    ("parallel", "image", "keys"),
+    [
+        ({"cfg": 2}, True, {}),
+        ({"cfg": 1, "ulysses": 2}, True, {}),
+        ({"cfg": 1, "ulysses": 2}, True, {"blocks": {"fused": False}}),
+        ({"cfg": 1, "rows": 2}, False, {}),
+    ],
+    ids=str,
+)
+def test_a_timestep_for_each_token(ranks, parallel, image, keys):
+    """15 tokens of the first frame, 45 in all: the first rank has both timesteps, the second one."""
+    size = {"height": 160, "width": 96}
+    for latents, restored in ranks(2).run(tasks.member, "build_ti2v_pipe", image, parallel, size, keys):
+        assert latents < 1e-5
+        assert restored
+
+
+@pytest.mark.parametrize(
+    ("parallel", "size"),
+    [({"cfg": 2}, {}), ({"cfg": 1, "ulysses": 2}, {}), ({"cfg": 1, "rows": 2}, {"num_frames": 1})],
+    ids=str,
+)
+def test_vace(ranks, parallel, size):
+    """Its control tokens are cut as the video's are."""
+    for latents, restored in ranks(2).run(tasks.member, "build_vace_pipe", 2, parallel, size, {}):
+        assert latents < 1e-5
+        assert restored
+
+
+def test_control_of_fewer_tokens_ends_in_zeros_and_of_more_is_refused(ranks):
+    for short, long in ranks(2).run(tasks.other_control):
+        assert short < 1e-5
+        assert "control_hidden_states: 15 tokens more than the video has" in long
 
 
 @pytest.mark.parametrize(

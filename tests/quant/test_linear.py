@@ -67,10 +67,10 @@ def test_gelu_gate_and_residual_are_part_of_it():
         QuantLinear.from_float(layer(64, 128), "int8"),
         QuantLinear.from_float(layer(128, 64, seed=1), "int8"),
     )
-    x, residual, gate = torch.randn(2, 9, 64), torch.randn(2, 9, 64), torch.randn(2, 64)
+    x, residual, gate = torch.randn(2, 9, 64), torch.randn(2, 9, 64), torch.randn(2, 1, 64)
     h, scale = first.forward_gelu_quantized(*first.quantize(x), second, torch.float32)
     got = second.forward_quantized(h, scale, torch.float32, gate=gate, residual=residual)
-    wanted = residual + gate[:, None] * second(nn.functional.gelu(first(x), approximate="tanh"))
+    wanted = residual + gate * second(nn.functional.gelu(first(x), approximate="tanh"))
     assert relative(got, wanted) < 1e-5
 
 
