@@ -15,7 +15,7 @@ from dax.cache.step_plan import BRANCHES, COMPUTE, MOST_WEIGHTS, StepPlan
 from dax.edits import Edits
 from dax.errors import DaxError
 
-WEIGHTS = (1.9, -1.2, 0.3)
+WEIGHTS = (1.9, -1.2, 0.5, -0.2)
 COLUMNS = {"what": "what", "ms": "ms", "state_mb": "state MB", "error": "error", "sm_mhz": "SM MHz", "watts": "W"}
 
 

@@ -56,8 +56,7 @@ class Study:
     effort: Effort
 
     def plan(self, mask: str, predictor: str) -> StepPlan:
-        kind, noise = PREDICTORS[predictor]
-        actions = row(self.trajectory.noisy(noise), mask, kind)
+        actions = row(self.trajectory, mask, PREDICTORS[predictor])
         name = f"calibrated {predictor} plan, {mask.count('1')} of {len(mask)} steps"
         return StepPlan(actions, actions, name, self.setting, sigmas=tuple(map(float, self.trajectory.sigmas)))
 
@@ -115,8 +114,8 @@ def calibrate(
     reference = run(pipe, held_out, effort.batch)
     study = Study(pipe, clips, recording, held_out, reference, trajectory, setting, effort)
     said = notes(trajectory)
-    tried = {name: how for name, how in PREDICTORS.items() if not said or name != "linear"}
-    masks = {name: best_masks(trajectory.noisy(noise), kind) for name, (kind, noise) in tried.items()}
+    tried = {name: how for name, how in PREDICTORS.items() if not said or how.kind != "linear"}
+    masks = {name: best_masks(trajectory.noisy(how.noise), how.kind) for name, how in tried.items()}
     rungs = []
     for budget in sorted(effort.budgets, reverse=True):
         count = int(budget * clips.steps + 1e-9)

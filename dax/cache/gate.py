@@ -1,7 +1,7 @@
 """The gate: runs a step plan from outside the transformer, at every forward the pipeline asks for.
 
 It stands on the instance's `forward` and `cache_context`, by which the pipeline says which branch and step it is at. A
-computed step is the model, untouched; a predicted one is a sum of at most three velocities. Nothing waits for the
+computed step is the model, untouched; a predicted one is a sum of at most four velocities. Nothing waits for the
 device. What is kept belongs to one run of the loop: it begins at step 0 and is let go when the loop ends, however it
 ends.
 """

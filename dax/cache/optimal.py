@@ -14,12 +14,33 @@ import numpy as np
 from dax.cache.step_plan import COMPUTE, MOST_WEIGHTS, REUSE, Action, linear
 from dax.errors import DaxError
 
-PREDICTORS = {  # name: (kind, noise: what a computed velocity is off by, relative to its size)
-    "reuse": ("reuse", 0.0),
-    "linear": ("linear", 0.0),
-    "fitted": ("fitted", 0.004),
-    "damped": ("fitted", 0.015),
-    "much damped": ("fitted", 0.05),
+
+@dataclass(frozen=True)
+class Predictor:
+    """How a mask's predicted steps get their weights.
+
+    kind    reuse; linear: the line through the last two in sigma; fitted: least squares on the recorded velocities
+    noise   what a computed velocity is off by, relative to its size: the more, the smaller fitted weights are
+    depth   velocities that fitted weights combine, at most
+    mend    share of what earlier predictions got wrong that a fitted one makes up for: later velocities tell more
+            about a stretch than was known when it was predicted, as a solver's corrector uses
+    """
+
+    kind: str
+    noise: float = 0.0
+    depth: int = 3
+    mend: float = 0.0
+
+
+PREDICTORS = {
+    "reuse": Predictor("reuse"),
+    "linear": Predictor("linear"),
+    "fitted": Predictor("fitted", 0.004),
+    "damped": Predictor("fitted", 0.015),
+    "much damped": Predictor("fitted", 0.05),
+    "mending": Predictor("fitted", 0.01, MOST_WEIGHTS, 0.5),
+    "damped mending": Predictor("fitted", 0.02, MOST_WEIGHTS, 0.5),
+    "much damped mending": Predictor("fitted", 0.05, MOST_WEIGHTS, 0.5),
 }
 LONGEST = 12  # steps from one computed step to the next
 
@@ -70,9 +91,10 @@ class Trajectory:
         return found
 
 
-def weights(trajectory: Trajectory, kind: str, step: int, known: Sequence[int]) -> Action:
+def weights(trajectory: Trajectory, kind: str, step: int, known: Sequence[int], aim=None) -> Action:
     """The weights that predict `step` from the computed steps `known`, newest first.
 
+    aim   [n] inner products of every velocity with what fitted weights come near to; by default the step's velocity
     fitted: least squares on the recorded velocities; their noise keeps the weights small. A computed step of a cached
     run is off by more than rounding, since the run has left the recorded one.
     """
@@ -80,24 +102,36 @@ def weights(trajectory: Trajectory, kind: str, step: int, known: Sequence[int]) 
         return REUSE
     if kind == "linear":
         return tuple(map(float, linear(trajectory.sigmas, step, known[0], known[1])))
-    h = list(known[:MOST_WEIGHTS])
-    return tuple(map(float, np.linalg.solve(trajectory.gram[np.ix_(h, h)], trajectory.gram[h, step])))
+    h = list(known)
+    aim = trajectory.gram[step] if aim is None else aim
+    return tuple(map(float, np.linalg.solve(trajectory.gram[np.ix_(h, h)], aim[h])))
 
 
-def row(trajectory: Trajectory, mask: str, kind: str) -> tuple[Action, ...]:
-    """The actions of a mask under a kind of prediction."""
-    known, found = [], []
+def row(trajectory: Trajectory, mask: str, predictor: Predictor) -> tuple[Action, ...]:
+    """The actions of a mask under a predictor.
+
+    What is owed, the sum of earlier errors times their steps in sigma, is a combination of velocities like everything
+    else; a mending predictor aims at the velocity less its share of that, spread over the step ahead.
+    """
+    noisy, ahead = trajectory.noisy(predictor.noise), trajectory.ahead()
+    known, found, owed = [], [], np.zeros(trajectory.steps)
     for step, letter in enumerate(mask):
-        found.append(COMPUTE if letter == "1" else weights(trajectory, kind, step, known))
         if letter == "1":
+            found.append(COMPUTE)
             known.insert(0, step)
+            continue
+        target = -predictor.mend * owed / ahead[step]
+        target[step] += 1.0
+        used = known[: predictor.depth]
+        found.append(weights(noisy, predictor.kind, step, used, trajectory.gram @ target))
+        owed = owed + ahead[step] * trajectory.error(step, found[-1], used)
     return tuple(found)
 
 
 def best_masks(trajectory: Trajectory, kind: str) -> dict[int, str]:
     """{number of computed steps: the mask of least predicted error}, for every number that can be had.
 
-    The first two steps are always computed. Fitted weights are of two velocities here; a finished mask may use three.
+    The first two steps are always computed. Fitted weights are of two velocities here; a finished mask may use more.
     """
     n = trajectory.steps
     if n < 3:

@@ -15,7 +15,7 @@ from dax.errors import DaxError
 COMPUTE = "compute"
 DROP = "drop"  # of uncond: no guidance in this step, the velocity of cond counts alone
 REUSE = (1.0,)
-MOST_WEIGHTS = 3  # velocities kept per branch
+MOST_WEIGHTS = 4  # velocities kept per branch
 FORMAT = "dax step plan 1"
 Action = str | tuple[float, ...]  # COMPUTE, DROP, or the weights of the last computed velocities, newest first
 

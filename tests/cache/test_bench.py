@@ -65,7 +65,7 @@ def test_a_clip_is_as_far_as_its_mean_square_says():
 def test_a_predicted_step_is_timed_at_real_size_only_if_it_is_right(monkeypatch):
     size = 64, 64, 5
     found = step.bench("tiny", size, 0.0, 0.01, "cpu")
-    assert found["rows"][0]["ms"] > 0 and found["rows"][0]["state_mb"] == 2 * 3 * 2 * 16 * 2 * 8 * 8 / 1e6
+    assert found["rows"][0]["ms"] > 0 and found["rows"][0]["state_mb"] == 2 * 4 * 2 * 16 * 2 * 8 * 8 / 1e6
     json.dumps(found)
     monkeypatch.setattr("dax.cache.gate.combine", lambda velocities, weights: velocities[0].float())
     with pytest.raises(DaxError, match="lies .* from the sum it should be"):

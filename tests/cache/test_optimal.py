@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from dax.cache.optimal import PREDICTORS, Trajectory, best_masks, neighbours, row, stretches, weights
+from dax.cache.optimal import PREDICTORS, Predictor, Trajectory, best_masks, neighbours, row, stretches, weights
 from dax.cache.step_plan import COMPUTE, REUSE, flow_sigmas
 from dax.errors import DaxError
 
@@ -26,7 +26,7 @@ def predicted_error(trajectory, velocities, mask, kind):
     """What a mask does to the clip, summed up step by step from the velocities themselves."""
     total, stretch, known = 0.0, None, []
     ahead = np.diff(np.append(trajectory.sigmas, 0.0))
-    for step, action in enumerate(row(trajectory, mask, kind)):
+    for step, action in enumerate(row(trajectory, mask, Predictor(kind))):
         if action == COMPUTE:
             total, stretch = total + (0.0 if stretch is None else stretch), None
             known = [step, *known]
@@ -66,6 +66,26 @@ def test_fitted_weights_are_least_squares_and_damped_ones_are_smaller():
     sizes = [np.abs(weights(trajectory.noisy(noise), "fitted", 6, (4, 3, 1))).sum() for noise in (0.0, 0.02, 0.5)]
     assert sizes == sorted(sizes, reverse=True)
     assert weights(trajectory, "fitted", 1, (0,)) == REUSE
+
+
+def test_mending_makes_up_for_what_earlier_predictions_got_wrong():
+    """What all errors add up to by the end shrinks; without mending each step is fitted for itself."""
+    trajectory, velocities = recorded(20)
+    mask, ahead = "11100100010000100101", np.diff(np.append(trajectory.sigmas, 0.0))
+    left = {}
+    for mend in (0.0, 0.5, 1.0):
+        actions, total = row(trajectory, mask, Predictor("fitted", 1e-4, 4, mend)), 0.0
+        known = []
+        for step, action in enumerate(actions):
+            if action == COMPUTE:
+                known.insert(0, step)
+                continue
+            assert len(action) == min(4, len(known))
+            if mend == 0.0:
+                assert action == weights(trajectory.noisy(1e-4), "fitted", step, known[:4])
+            total = total + ahead[step] * (sum(w * velocities[k] for w, k in zip(action, known)) - velocities[step])
+        left[mend] = np.linalg.norm(total)
+    assert left[1.0] < left[0.5] < left[0.0] and left[1.0] < 0.5 * left[0.0], left
 
 
 def test_noise_turns_extrapolation_off():
