@@ -49,26 +49,30 @@ def variants(scales: str) -> dict[str, dict]:
     return found
 
 
-def render(pipe, prompts: list[str], steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(latents, clips [N, 17, 128, 128, 3] uint8) of all prompts at once; clip i starts from noise `seed + i`."""
-    last = {}
+def render(pipe, prompts: list[str], steps: int, seed: int, batch: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """(latents, clips [N, 17, 128, 128, 3] uint8), `batch` at a time; clip i starts from noise `seed + i`."""
+    last, latents, clips = {}, [], []
 
     def keep(_, step, timestep, tensors):
         last.update(tensors)
         return {}
 
-    frames = pipe(
-        prompts,
-        height=scenes.HEIGHT,
-        width=scenes.WIDTH,
-        num_frames=scenes.NUM_FRAMES,
-        num_inference_steps=steps,
-        guidance_scale=4.0,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
-        output_type="np",
-        callback_on_step_end=keep,
-    ).frames
-    return last["latents"].float().cpu().numpy(), to_uint8(frames)
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        frames = pipe(
+            part,
+            height=scenes.HEIGHT,
+            width=scenes.WIDTH,
+            num_frames=scenes.NUM_FRAMES,
+            num_inference_steps=steps,
+            guidance_scale=4.0,
+            generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
+            output_type="np",
+            callback_on_step_end=keep,
+        ).frames
+        latents.append(last["latents"].float().cpu().numpy())
+        clips.append(to_uint8(frames))
+    return np.concatenate(latents), np.concatenate(clips)
 
 
 def judged(clip, scene) -> bool:
@@ -98,6 +102,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("benchmarks/schemes.json"))
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=32, help="clips at a time")
     parser.add_argument("--match", default="", help="only variants whose name this regular expression finds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
@@ -112,28 +117,32 @@ def main():
 
     with TemporaryDirectory() as folder, ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         scales = Path(folder) / "scales.json"
-        dax.quant.calibrate(pipe.transformer, BLOCKS_ONLY, lambda: render(pipe, seen, 10, 9000)).save(scales)
-        reference, clips = render(pipe, prompts, a.steps, 100)
-        waiting = {"stock": ({}, [], [pool.submit(judged, *pair) for pair in zip(clips, things)])}
-        for name, keys in variants(str(scales)).items():
-            if not re.search(a.match, name):
-                continue
-            with dax.optimize(pipe, "exact", strict=True, **keys):
-                latents, frames = render(pipe, prompts, a.steps, 100)
-            measured = [pool.submit(pixels, *pair) for pair in zip(clips, frames)]
-            scores = [pool.submit(judged, *pair) for pair in zip(frames, things)]
-            waiting[name] = compared(reference, latents), measured, scores
-            print(name, waiting[name][0], flush=True)
-        for name, (row, measured, scores) in waiting.items():
-            if measured:
-                psnr, ssim = zip(*(future.result() for future in measured))
+        chosen = {name: keys for name, keys in variants(str(scales)).items() if re.search(a.match, name)}
+        if any(name.endswith("static") for name in chosen):
+            dax.quant.calibrate(pipe.transformer, BLOCKS_ONLY, lambda: render(pipe, seen, 10, 9000)).save(scales)
+        reference, clips = render(pipe, prompts, a.steps, 100, a.batch)
+
+        def add(name: str, row: dict, frames) -> None:
+            """A finished row is in the file at once, so that a run that is cut off keeps what it has."""
+            if row:
+                psnr, ssim = zip(*pool.map(pixels, clips, frames))
                 row |= {"psnr_db": float(np.mean(psnr)), "ssim": float(np.mean(ssim))}
-            row["judge_pct"] = 100 * sum(future.result() for future in scores) / len(scores)
-            rows[name] = {"name": name} | row
-    result = report.record("schemes", a.device, prompts=a.prompts, steps=a.steps, rows=list(rows.values()))
-    result["command"] = "python -m training.tiny_wan.schemes"
-    a.out.write_text(json.dumps(result, indent=1))
-    print(report.table(result["rows"], {key: key for key in ("name", *next(reversed(rows.values())))}))
+            rows[name] = {
+                "name": name,
+                **row,
+                "judge_pct": 100 * float(np.mean(list(pool.map(judged, frames, things)))),
+            }
+            result = report.record("schemes", a.device, prompts=a.prompts, steps=a.steps, rows=list(rows.values()))
+            result["command"] = "python -m training.tiny_wan.schemes"
+            a.out.write_text(json.dumps(result, indent=1))
+            print(rows[name], flush=True)
+
+        add("stock", {}, clips)
+        for name, keys in chosen.items():
+            with dax.optimize(pipe, "exact", strict=True, **keys):
+                latents, frames = render(pipe, prompts, a.steps, 100, a.batch)
+            add(name, compared(reference, latents), frames)
+    print(report.table(list(rows.values()), {key: key for key in ("name", *next(reversed(rows.values())))}))
 
 
 if __name__ == "__main__":
