@@ -68,6 +68,26 @@ def test_parts_add_up_to_the_forward():
     assert all(part["ms_expected"] > part["ms_at_least"] for part in result["parts"])
 
 
+def test_what_each_setting_would_buy_is_what_the_plan_with_it_is_expected_to_take():
+    result = ask()
+    found = {(row["key"], row["value"]): row for row in result["gains"]}
+    for sets, key in (
+        (["attention.kernel=int8"], ("attention.kernel", "int8")),
+        (["linear.scheme=fp8"], ("linear.scheme", "fp8")),
+        (["blocks.fused=false"], ("blocks.fused", False)),
+        (["compile=blocks"], ("compile", "blocks")),
+    ):
+        there = ask(sets=sets)["video"]["seconds_expected"]
+        assert found[key]["seconds_expected"] == pytest.approx(there), key
+        assert found[key]["times"] == pytest.approx(result["video"]["seconds_expected"] / there)
+    assert found["cache.budget", 0.4]["times"] == pytest.approx(2.5)
+    assert [row["times"] for row in result["gains"]] == sorted((row["times"] for row in result["gains"]), reverse=True)
+    assert ("attention.kernel", "int8") not in {(r["key"], r["value"]) for r in ask(plan="balanced")["gains"]}
+    assert not any(row["value"] == "fp8" for row in ask(hardware="a100")["gains"]), "an A100 has no 8-bit floats"
+    fast = {row["value"]: row for row in ask(plan="fast")["gains"]}
+    assert fast["none"]["times"] < 1 and 0.4 not in fast, "36 of 100 are computed already"
+
+
 def test_compiling_moves_fewer_bytes_and_the_same_flops():
     eager, compiled = ask(sets=["blocks.fused=false"]), ask(sets=["compile=blocks"])
     paper = lambda result: [{key: part[key] for key in part if key != "ms_expected"} for part in result["parts"]]

@@ -107,7 +107,7 @@ def test_costs_are_shares_of_exact():
     exact = plan()
     assert costs.cost(exact, 100, exact, 100, 4) == 1
     assert costs.cost(exact, 36, exact, 100, 4) == pytest.approx(0.36)
-    whole = costs.block_ms("none", "sdpa", "none", True)
+    whole = costs.block_ms("none", "cudnn", "none", True)
     assert costs.cost(plan(attention__kernel="sage"), 100, exact, 100, 4) == pytest.approx(1 - 64.3 / whole, abs=2e-3)
     int8 = costs.cost(plan(linear__scheme="int8"), 100, exact, 100, 4)
     assert int8 == pytest.approx(1 - 28.4 / whole, abs=2e-3)

@@ -9,7 +9,7 @@ from functools import cache
 
 from dax.bench import roofline
 from dax.facts import FACTS
-from dax.hardware import ATTENTION_REACHES, LINEAR_REACHES, MACHINES, TRAFFIC_REACHES
+from dax.hardware import ATTENTION_REACHES, LINEAR_REACHES, MACHINES, SDPA_REACHES_ON_HOPPER, TRAFFIC_REACHES
 from dax.plan import Plan
 from dax.quant.scheme import NONE, match
 
@@ -32,7 +32,9 @@ def expected_s(op: roofline.Operation, plan: Plan, machine) -> float:
     elif op.kind == "gemm":
         reached = LINEAR_REACHES[op.dtype]
     else:
-        reached = ATTENTION_REACHES[plan.attention.kernel if op.name == "self-attention" else "cudnn"]
+        kernel = plan.attention.kernel if op.name == "self-attention" else "cudnn"
+        old = kernel == "sdpa" and (machine.sm or 0) >= 90
+        reached = SDPA_REACHES_ON_HOPPER if old else ATTENTION_REACHES[kernel]
     return op.seconds(machine, fused=way != "stock")[0] / reached
 
 
@@ -46,14 +48,16 @@ def block_ms(scheme: str, attention: str, compile: str, fused: bool) -> float:
 
 
 def layer_ms(plan: Plan, num_layers: int) -> float:
-    """Milliseconds of one layer, on average over the model's, under a resolved plan.
+    """Milliseconds of one layer, on average over the model's, under a resolved plan. `sdpa`, which is what auto means
+    on a CPU, counts as cudnn, which it means on the card that is counted for.
 
     A layer whose linears follow several schemes costs each scheme's block, weighted with its share of the arithmetic.
     """
     names = {f"blocks.{index}.{name}": flops for index in range(num_layers) for name, flops in FLOPS.items()}
     rules = {"*": plan.linear.scheme, **plan.linear.rules}
     schemes = match(names, rules, optional=rules)
-    way = plan.attention.kernel, plan.compile, plan.blocks.fused
+    kernel = "cudnn" if plan.attention.kernel == "sdpa" else plan.attention.kernel
+    way = kernel, plan.compile, plan.blocks.fused
     total = sum(flops * block_ms(schemes.get(name, NONE), *way) for name, flops in names.items())
     return total / sum(names.values())
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from dax.bench import costs, roofline
+from dax.bench.gains import gains
 from dax.bench.model import facts_of
 from dax.bench.size import checked_size
 from dax.cache.policy import resolve_cache
@@ -99,6 +100,7 @@ def explain(
             "seconds_expected": forwards * expected_s if machine else None,
         },
         "parts": parts,
+        "gains": gains(facts, resolved, asdict(pixels), machine, steps, forwards) if machine else [],
         "num_ranks": gpus,
         "ranks_per_node": ranks.node,
         "ranks": expected(resolved, facts, machine, ranks, forwards) if gpus > 1 else None,
@@ -305,6 +307,10 @@ def text(result: dict) -> str:
         lines.append(f"layer: expected {result['ms_per_layer_expected']:.4g} ms")
     lines.append(f"forward: {forward['tflop']:.4g} TFLOP" + times(forward))
     lines.append(f"video: {video['forwards']} forwards, {video['pflop']:.4g} PFLOP" + times(video))
+    if result["gains"]:
+        rows = [{**found, "setting": f"{found['key']} = {str(found['value']).lower()}"} for found in result["gains"]]
+        columns = {"setting": "with that alone", "seconds_expected": "s a clip", "times": "times as fast"}
+        lines += ["", "what another setting would make of it, expected", table(rows, columns)]
     if result["ranks"]:
         head = f"{result['num_ranks']} ranks, {result['ranks_per_node']} per node: expected, the plan's own way first"
         columns = {"topology": "topology", "chunks": "chunks", "layer_ms": "ms/layer", "exchange_ms": "exchange ms"}
