@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from dax.errors import DaxError
-from dax.facts import Facts, facts_from_config, facts_named, flow_shift_of
+from dax.facts import Facts, facts_named
+from dax.facts_config import facts_from_config, flow_shift_of
 
 LOGIT_STD = 3.0  # how peaked attention is: about ten keys of 75 600 matter to a query, as in a trained model
 

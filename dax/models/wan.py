@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dax.attention.backend import Backend, Turn, backend_of
 from dax.attention.dense import turned
 from dax.errors import DaxError
-from dax.facts import Facts, facts_from_config, flow_shift_of
+from dax.facts import Facts
+from dax.facts_config import facts_from_config, flow_shift_of
 from dax.models.text_memory import TextMemory
 
 TEXT_TOKENS = 512  # the vendor's: with an image, whatever comes before the last 512 tokens is of the image
