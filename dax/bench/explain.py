@@ -136,7 +136,8 @@ def expert_figures(facts: Facts, plan: Plan, steps: int, cached: dict | None) ->
 
 def expected(plan: Plan, facts: Facts, machine, ranks: Ranks, forwards: int) -> list[dict]:
     """What each way to use all ranks should take, the plan's own first, at rates that such cards were seen to reach."""
-    from dax.parallel.planner import cluster_of, predictions
+    from dax.parallel.cost import cluster_of
+    from dax.parallel.planner import predictions
     from dax.parallel.topology import Topology, topologies
 
     attention = "8bit" if plan.attention.kernel in roofline.ATTENTION else "bf16"

@@ -271,7 +271,7 @@ def beside_one(rows: list[dict], gpus: int) -> None:
 def predicted(way: Way, job: Job, eight_bits: bool, plan) -> float | None:
     """The planner's speed-up for a way; None without a data sheet."""
     from dax.hardware import machine
-    from dax.parallel.planner import cluster_of, predict
+    from dax.parallel.cost import cluster_of, predict
     from dax.parallel.topology import Topology
 
     attention = "bf16" if plan.attention.kernel not in ("int8", "sage") else "8bit"

@@ -119,7 +119,7 @@ def schedule(H, chunks, attend_s, exchange_s, latency_s):
     exchange_s   of q, k, v or o, whole
     """
     from dax.parallel import wire as module
-    from dax.parallel.planner import waits_s
+    from dax.parallel.cost import waits_s
     from dax.parallel.topology import chunk_sizes
 
     S, D, clock, inner = 32, 4, VirtualTime(), Wire(dist.group.WORLD)

@@ -7,7 +7,8 @@ import pytest
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.hardware import MACHINES
-from dax.parallel.planner import Link, Ranks, cluster_of, predict, predictions, resolve_parallel
+from dax.parallel.cost import Link, cluster_of, predict
+from dax.parallel.planner import Ranks, predictions, resolve_parallel
 from dax.parallel.topology import Topology, topologies
 from dax.plan import Parallel
 
@@ -25,7 +26,7 @@ def first(facts, count, cluster=H200, **options):
 def test_one_rank_takes_the_time_of_the_rates():
     alone = predict(WAN14, S, Topology(), H200)
     assert alone.speedup == 1 and alone.exchange_ms == alone.exposed_ms == alone.tax_ms == 0
-    assert alone.layer_ms == pytest.approx(156, abs=1)  # BASELINES: what the parts add up to on an H200
+    assert alone.layer_ms == pytest.approx(156, abs=1)  # what the parts add up to on an H200
 
 
 def test_branches_first_then_heads_inside_a_node():
