@@ -10,6 +10,7 @@ from functools import cache
 from dax.bench import roofline
 from dax.facts import FACTS
 from dax.hardware import ATTENTION_REACHES, LINEAR_REACHES, MACHINES, SDPA_REACHES_ON_HOPPER, TRAFFIC_REACHES
+from dax.parallel.cost import Cluster, cluster_of
 from dax.plan import Plan
 from dax.quant.scheme import NONE, match
 
@@ -70,3 +71,9 @@ def runs_references(plan: Plan, device: str) -> bool:
 def cost(plan: Plan, forwards: int, exact: Plan, all_forwards: int, num_layers: int) -> float:
     """The share of exact's work: 1 for exact itself."""
     return forwards * layer_ms(plan, num_layers) / (all_forwards * layer_ms(exact, num_layers))
+
+
+def cluster(plan: Plan, machine, node: int = 8) -> Cluster | None:
+    """Such cards as the planner sees them under a resolved plan, `node` of them per node; None without a data sheet."""
+    attention = "8bit" if plan.attention.kernel in roofline.ATTENTION else "bf16"
+    return cluster_of(machine, attention, "8bit" if plan.linear.active else "bf16", node)

@@ -17,7 +17,8 @@ from dax.cache.step_plan import flow_sigmas
 from dax.errors import DaxError, nearest
 from dax.facts import Facts
 from dax.generate.steps import schedule
-from dax.parallel.planner import Ranks
+from dax.parallel.planner import Ranks, predictions
+from dax.parallel.topology import Topology, topologies
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
 
 FORWARDS_PER_STEP = 2  # guidance runs the model with the prompt and without
@@ -136,12 +137,7 @@ def expert_figures(facts: Facts, plan: Plan, steps: int, cached: dict | None) ->
 
 def expected(plan: Plan, facts: Facts, machine, ranks: Ranks, forwards: int) -> list[dict]:
     """What each way to use all ranks should take, the plan's own first, at rates that such cards were seen to reach."""
-    from dax.parallel.cost import cluster_of
-    from dax.parallel.planner import predictions
-    from dax.parallel.topology import Topology, topologies
-
-    attention = "8bit" if plan.attention.kernel in roofline.ATTENTION else "bf16"
-    cluster = cluster_of(machine, attention, "8bit" if plan.linear.active else "bf16", ranks.node)
+    cluster = costs.cluster(plan, machine, ranks.node)
     wire_bytes = 1 if plan.parallel.wire == "8bit" else 2
     own = Topology(plan.parallel.cfg, plan.parallel.ulysses, plan.parallel.rows)
     (chosen,) = predictions(facts, ranks.tokens, [own], cluster, plan.parallel.overlap, wire_bytes)
