@@ -88,7 +88,8 @@ def test_guidance_is_not_divided_when_its_branches_compute_different_steps():
 
 
 def test_explain_says_what_to_expect():
-    from dax.bench.explain import explain, text
+    from dax.bench.explain import explain
+    from dax.bench.explain_text import text
 
     result = explain("wan2.1-t2v-14b", None, [], (None,) * 3, None, "h200", gpus=16, per_node=8)
     own = result["ranks"][0]
