@@ -65,6 +65,11 @@ class Edits:
         parent, _, name = path.rpartition(".")
         return self.set_attribute(root.get_submodule(parent), name, new)
 
+    def hook(self, register: Callable, *args: Any, **options: Any) -> None:
+        """Call one of a torch module's register_..._hook methods; undone by removing the hook."""
+        handles = []
+        self.call(lambda: handles.append(register(*args, **options)), lambda: handles.pop().remove())
+
     def undo(self) -> None:
         """Take everything back, last change first. Twice is harmless. A failure is raised once all were tried.
 

@@ -167,19 +167,13 @@ def apply_turns(target, position: Callable, edits: Edits) -> int:
     edits.call(turns.begin, turns.end)
     for expert, transformer in enumerate(target.transformers):
         for i, block in enumerate(transformer.blocks):
-            hook(partial(block.register_forward_pre_hook, partial(turns.before_block, expert, i)), edits)
-            hook(partial(block.register_forward_hook, partial(turns.after_block, expert, i)), edits)
+            edits.hook(block.register_forward_pre_hook, partial(turns.before_block, expert, i))
+            edits.hook(block.register_forward_hook, partial(turns.after_block, expert, i))
         before, after = partial(turns.before_forward, expert), partial(turns.after_forward, expert)
-        hook(partial(transformer.register_forward_pre_hook, before, with_kwargs=True), edits)
-        hook(partial(transformer.register_forward_hook, after, always_call=True), edits)
+        edits.hook(transformer.register_forward_pre_hook, before, with_kwargs=True)
+        edits.hook(transformer.register_forward_hook, after, always_call=True)
         edits.set_attribute(transformer, "cache_context", partial(turns.cache_context, transformer.cache_context))
     return len(turns.resident)
-
-
-def hook(register: Callable, edits: Edits) -> None:
-    """A torch hook as an edit that undo() takes back."""
-    handles = []
-    edits.call(lambda: handles.append(register()), lambda: handles.pop().remove())
 
 
 def tensors_of(module) -> list[torch.Tensor]:

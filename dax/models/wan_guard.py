@@ -88,7 +88,7 @@ def check_processor() -> None:
 
 
 @cache
-def block_difference(control: bool = False) -> str | None:
+def block_difference(control: bool) -> str | None:
     """Run the fused block and the vendor's own on small numbers: how they differ, or None if they do not.
 
     control   a control block of VACE, too

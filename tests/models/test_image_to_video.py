@@ -186,7 +186,7 @@ def test_another_image_is_seen():
 def test_the_guards_hear_planted_faults(monkeypatch, fault):
     """Those that run before a model is touched."""
     right, pair = wan.text_operands, wan.key_value
-    assert wan_guard.block_difference.__wrapped__() is None
+    assert wan_guard.block_difference.__wrapped__(False) is None
     if fault == "split off by one":
         monkeypatch.setattr(wan, "TEXT_TOKENS", 511)
     elif fault == "keys not normed":
@@ -196,7 +196,7 @@ def test_the_guards_hear_planted_faults(monkeypatch, fault):
         monkeypatch.setattr(wan, "text_operands", lambda *x: kept(*right(*x)))
     with pytest.raises(DaxError, match="computes Wan's image-attention otherwise"):
         wan_guard.check_processor.__wrapped__()
-    assert "computes Wan's block otherwise" in wan_guard.block_difference.__wrapped__()
+    assert "computes Wan's block otherwise" in wan_guard.block_difference.__wrapped__(False)
 
 
 def test_published_constants_go_by_the_names_of_the_facts():

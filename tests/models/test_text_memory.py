@@ -19,7 +19,7 @@ def counted(random_pipe, monkeypatch):
         return right(attn, text)
 
     wan_guard.check_processor()  # both checks run layers of their own, once a process
-    wan_guard.block_difference()
+    wan_guard.block_difference(False)
     monkeypatch.setattr(wan, "text_operands", text_operands)
     return random_pipe, calls
 

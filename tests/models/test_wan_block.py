@@ -164,10 +164,10 @@ def test_another_vendor_block_falls_back_by_name_or_is_refused(random_pipe, monk
 
 
 def test_the_guard_sees_a_block_that_computes_otherwise(monkeypatch):
-    assert wan_guard.block_difference.__wrapped__() is None
+    assert wan_guard.block_difference.__wrapped__(False) is None
     stock = wan_block.gated_residual
     monkeypatch.setattr(wan_block, "gated_residual", lambda y, gate, *rest: stock(y, 1 + gate, *rest))
-    assert "computes Wan's block otherwise" in wan_guard.block_difference.__wrapped__()
+    assert "computes Wan's block otherwise" in wan_guard.block_difference.__wrapped__(False)
 
 
 def test_hooks_that_came_first_are_refused(random_pipe):
