@@ -10,8 +10,6 @@ from typing import Any
 
 from dax.errors import DaxError
 
-ABSENT = object()
-
 
 class Edits:
     """A journal of reversible changes. `len()` counts those that stand."""
@@ -43,22 +41,6 @@ class Edits:
         own = name in vars(owner) or name in children(owner)
         self.call(lambda: setattr(owner, name, new), lambda: setattr(owner, name, old) if own else delattr(owner, name))
         return old
-
-    def set_item(self, owner: Any, key: Any, new: Any) -> Any:
-        """owner[key] = new, for a list, dict or ModuleList; returns what it was. A new key is deleted again."""
-        try:
-            old = owner[key]
-        except KeyError:
-            old = ABSENT
-
-        def put_back():
-            if old is ABSENT:
-                del owner[key]
-            else:
-                owner[key] = old
-
-        self.call(lambda: owner.__setitem__(key, new), put_back)
-        return None if old is ABSENT else old
 
     def swap_module(self, root: Any, path: str, new: Any) -> Any:
         """Put `new` where `root` has the submodule `path` ("blocks.0.ffn.net.2"); returns the one it replaces."""

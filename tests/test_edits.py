@@ -59,14 +59,6 @@ def test_hooks_are_removed_and_others_stay():
     assert seen == ["ours", "theirs", "theirs"]
 
 
-def test_items_come_back():
-    table, edits = {"a": 1}, Edits()
-    assert edits.set_item(table, "a", 2) == 1 and edits.set_item(table, "b", 3) is None
-    assert table == {"a": 2, "b": 3}
-    edits.undo()
-    assert table == {"a": 1}
-
-
 @pytest.mark.parametrize("owner", [Owner, types.ModuleType("some")])
 def test_shared_owners_are_refused(owner):
     owner.own = 0
