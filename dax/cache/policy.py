@@ -107,7 +107,7 @@ def maker(cache: Cache, found: Artifact | None, facts: Facts, embeddings: Callab
             return guided(actions_of(mask), "mask")
         sigmas = sigmas if sigmas is not None else flow_sigmas(steps, setting.flow_shift)
         if cache.policy == "magcache":
-            return magcache_plan(steps, sigmas)
+            return magcache_plan(sigmas)
         return teacache_plan(setting, timesteps)
 
     def guided(row, made_by: str, made_for: Setting = ANY, sigmas=None) -> StepPlan:
@@ -118,7 +118,7 @@ def maker(cache: Cache, found: Artifact | None, facts: Facts, embeddings: Callab
             made_by += f", no guidance in the last {last} steps"
         return StepPlan(row, guidance_rows(row, every, last), made_by, made_for, cache.reuse, sigmas)
 
-    def magcache_plan(steps: int, sigmas) -> StepPlan:
+    def magcache_plan(sigmas) -> StepPlan:
         ratios = found.magcache if found else magcache.PUBLISHED[facts.name]
         own = found.sigmas if found else flow_sigmas(len(ratios.cond), ratios.flow_shift)
         here = ratios.at(sigmas, own)

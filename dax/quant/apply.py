@@ -6,6 +6,7 @@ All layers are checked before the first is touched, so a refusal leaves the mode
 from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ def planned(
     for name, rule in plan.items():
         layer = layers[name]
         if not isinstance(layer, QuantLinear):
-            check(layer, rule, name)
+            check(layer, name)
         elif layer.rule != rule:
             raise DaxError("bad_request", f"{name} is quantised already: {layer.rule}, asked: {rule}")
     return plan
@@ -79,8 +80,7 @@ def replace(
         new = QuantLinear.from_float(here, rule, input_scale(rule, name, scales))
         if keep:
             edits.swap_module(module, name, new)
-            back = (lambda home=home: home) if away else (lambda new=new: new.weight.device)
-            edits.call(lambda old=old: move(old, "cpu"), lambda old=old, back=back: move(old, back()))
+            edits.call(partial(move, old, "cpu"), partial(move_back, old, new, home if away else None))
         else:
             edits.seal(GONE)
             parent, _, leaf = name.rpartition(".")
@@ -103,6 +103,11 @@ def move(linear: nn.Linear, device) -> None:
     """A layer's tensors to a device, the same Parameter objects."""
     for parameter in linear.parameters(recurse=False):
         parameter.data = parameter.data.to(device)
+
+
+def move_back(old: nn.Linear, new: QuantLinear, home: torch.device | None) -> None:
+    """A kept layer to its home; None: wherever its twin is by now."""
+    move(old, new.weight.device if home is None else home)
 
 
 def refuse_fusing(name: str):

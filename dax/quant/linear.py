@@ -46,7 +46,7 @@ class QuantLinear(nn.Linear):
         static rule without its scale.
         """
         rule = Rule(rule) if isinstance(rule, str) else rule
-        check(linear, rule)
+        check(linear)
         if rule.static != (input_scale is not None):
             raise DaxError("bad_request", f"linear: static = {rule.static} and input_scale = {input_scale} disagree")
         weight = linear.weight.detach()
@@ -147,7 +147,7 @@ def tensor_scale(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.linalg.vector_norm(x, torch.inf).float().clamp_min(SMALLEST_AMAX) / LARGEST[dtype]
 
 
-def check(linear: nn.Linear, rule: Rule, name: str = "this linear layer") -> None:
+def check(linear: nn.Linear, name: str = "this linear layer") -> None:
     """DaxError unless the layer can be quantised: plain, of a size the kernels take, finite."""
     N, K = linear.out_features, linear.in_features
     if type(linear) is not nn.Linear:
