@@ -9,6 +9,23 @@ from dax.facts import CLIP_TOKENS, Facts
 
 def calls_of(facts: Facts, model, size: Size, device: str):
     """(calls, origin): `calls(arranged)` runs one forward of one branch of an arranged twin of `model`."""
+    given = inputs(facts, asdict(size), device)
+
+    def calls(arranged):
+        return lambda: arranged(**given, return_dict=False)[0]
+
+    return calls, 0
+
+
+def inputs(facts: Facts, pixels: dict, device: str) -> dict:
+    """What a forward of one branch is called with: bf16, Gaussian, the same for the same device.
+
+    hidden_states                 latent_shape of the facts, at batch 1
+    timestep                      [1], or [1, S] where each token has its own: 0 for a first frame that is given
+    encoder_hidden_states         [1, T, text_dim]
+    encoder_hidden_states_image   [images, CLIP tokens, image_dim], or None
+    control_hidden_states         of VACE alone: [1, control channels, frames, rows, columns]
+    """
     import torch
 
     generator = torch.Generator(device).manual_seed(0)
@@ -16,33 +33,21 @@ def calls_of(facts: Facts, model, size: Size, device: str):
     def gaussian(*shape):
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
 
-    latents = gaussian(1, *facts.latent_shape(size.height, size.width, size.num_frames))
-    text = gaussian(1, facts.text_tokens, facts.text_dim)
-    images = image_embeds(facts, gaussian)
-    timestep, control = timesteps(facts, asdict(size), device), {}
-    if facts.control_layers:
-        control["control_hidden_states"] = gaussian(1, facts.control_channels, *latents.shape[2:])
-
-    def calls(arranged):
-        return lambda: arranged(latents, timestep, text, images, **control, return_dict=False)[0]
-
-    return calls, 0
-
-
-def timesteps(facts: Facts, pixels: dict, device: str):
-    """[1], or [1, S] where each token has its own: 0 for a first frame that is given."""
-    import torch
-
-    timestep = torch.tensor([500], device=device)
+    latents, timestep = facts.latent_shape(**pixels), torch.tensor([500], device=device)
     if facts.token_time:
         timestep = timestep.repeat(1, facts.tokens(**pixels))
         timestep[:, : facts.tokens(**pixels | {"num_frames": 1})] = 0
-    return timestep
-
-
-def image_embeds(facts: Facts, gaussian):
-    """[images, CLIP tokens, image_dim] as the image encoder gives them; None for text-to-video."""
-    return gaussian(facts.num_images, CLIP_TOKENS, facts.image_dim) if facts.image_tokens else None
+    given = {
+        "hidden_states": gaussian(1, *latents),
+        "timestep": timestep,
+        "encoder_hidden_states": gaussian(1, facts.text_tokens, facts.text_dim),
+        "encoder_hidden_states_image": None,
+    }
+    if facts.image_tokens:
+        given["encoder_hidden_states_image"] = gaussian(facts.num_images, CLIP_TOKENS, facts.image_dim)
+    if facts.control_layers:
+        given["control_hidden_states"] = gaussian(1, facts.control_channels, *latents[1:])
+    return given
 
 
 def operations_of(

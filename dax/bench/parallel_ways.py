@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from dax.bench import costs, report, rivals
-from dax.bench.forward import image_embeds, timesteps
+from dax.bench.forward import inputs
 from dax.bench.model import build, pipeline
 from dax.bench.parallel_parts import Job, relative
 from dax.bench.ranks_clock import ROUNDS, RanksClock
@@ -130,22 +130,13 @@ def arranged(facts, transformer, plan, parallel: dict | None):
 
 def call_of(facts, pixels: dict, model, device: str, branches: int) -> Callable:
     """One forward, or with `branches` 2 one step's two, as the pipeline asks for them; returns the first's output."""
-    import torch
-
-    generator = torch.Generator(device).manual_seed(0)
-
-    def gaussian(*shape):
-        return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
-
-    latents, text = gaussian(1, *facts.latent_shape(**pixels)), gaussian(1, facts.text_tokens, facts.text_dim)
-    images = image_embeds(facts, gaussian)
-    timestep = timesteps(facts, pixels, device)
+    given = inputs(facts, pixels, device)
 
     def call():
         outputs = []
         for name in ("cond", "uncond")[:branches]:
             with model.cache_context(name):
-                outputs.append(model(latents, timestep, text, images, return_dict=False)[0])
+                outputs.append(model(**given, return_dict=False)[0])
         return outputs[0]
 
     return call
