@@ -23,7 +23,7 @@ from dax.bench.quality import check_same_shape
 from dax.errors import DaxError
 
 MODEL = "vmaf_v0.6.1"  # libvmaf's default: trained on 1080p seen from three times its height
-TIMEOUT_S = 600  # of one clip; 81 frames of 720p take one core about 10 s
+TIMEOUT_S = 600  # of one clip; 81 frames of 720p take two cores about 10 s
 REFERENCE, CLIP, SCORES = "reference.y4m", "clip.y4m", "scores.json"  # in a folder of their own
 ARGUMENTS = {
     "vmaf": f"-q -r {REFERENCE} -d {CLIP} -m version={MODEL} --json -o {SCORES} --threads {{threads}}",
