@@ -83,8 +83,10 @@ def test_a_program_is_asked_for_the_clip_against_the_reference(path, kind, name)
     reference, other = clips(12.0)
     weights = np.array([0.2126, 0.7152, 0.0722])
     lumas = [(16 + 219 / 255 * (each @ weights)).round() for each in (reference, other)]
-    assert vmaf.vmaf(tool, reference, other) == pytest.approx(100 - np.abs(lumas[0] - lumas[1]).mean(), abs=0.01)
-    assert vmaf.vmaf(tool, reference, reference) == 100
+    above = np.maximum(lumas[1] - lumas[0], 0).mean()
+    assert above > 2 and vmaf.vmaf(tool, reference, other) == pytest.approx(100 - above, abs=0.01)
+    dark, bright = (np.full((2, 32, 32, 3), value, np.uint8) for value in (130, 150))
+    assert vmaf.vmaf(tool, bright, dark) == 100 and vmaf.vmaf(tool, dark, bright) == 100 - 17
 
 
 def test_what_is_here_decides_and_what_is_not_is_said(path):
@@ -143,6 +145,10 @@ def test_a_comparison_is_scored_from_its_stored_clips_or_not_at_all(path, tmp_pa
     assert scored.versions["VMAF"] == "vmaf_v0.6.1 by vmaf 3.0.0" and "VMAF" not in str(scored.not_measured)
     assert "| VMAF " in text(scored) and "<th>VMAF</th>" in page(scored, shown)
     assert runs(path) == 2 and compare(job)[0].variants == scored.variants and runs(path) == 2
+    (path / "vmaf").unlink()
+    install(path, "ffmpeg")
+    assert compare(job)[0].versions["VMAF"].endswith("ffmpeg 7.1") and runs(path) == 4, "one program's score for another's"
+    (path / "ffmpeg").unlink()
 
     next((job.output / "cells").glob("*/figures.json")).unlink()  # one score of two is lost, and the program fails
     install(path, "vmaf", "refuse")

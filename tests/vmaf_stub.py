@@ -1,6 +1,7 @@
 """Stands in for libvmaf's programs: reads what they read and scores with a formula of its own.
 
-Named `vmaf` or `ffmpeg` by whoever installs it. A frame's score is 100 less the mean absolute difference of luma.
+Named `vmaf` or `ffmpeg` by whoever installs it. A frame's score is 100 less how far its luma is above the
+reference's, on average.
 `behave` in its folder makes it fail; every run that scored leaves a line in `runs`.
 """
 
@@ -72,7 +73,7 @@ def main() -> int:
     else:
         reference, clip, scores = files(program.name, given)
         pairs = list(zip(lumas(reference), lumas(clip), strict=True))
-        found = [100 - sum(abs(a - b) for a, b in zip(*pair)) / len(pair[0]) for pair in pairs]
+        found = [100 - sum(max(b - a, 0) for a, b in zip(*pair)) / len(pair[0]) for pair in pairs]
         found = {"short": found[1:], "nan": [float("nan"), *found[1:]]}.get(behave, found)
         frames = [{"frameNum": i, "metrics": {"vmaf": score}} for i, score in enumerate(found)]
         Path(scores).write_text("half a f" if behave == "torn" else json.dumps({"version": "3", "frames": frames}))
