@@ -10,8 +10,6 @@ from typing import Any
 
 from dax.errors import DaxError
 
-ABSENT = object()
-
 
 class Edits:
     """A journal of reversible changes. `len()` counts those that stand."""
@@ -44,26 +42,15 @@ class Edits:
         self.call(lambda: setattr(owner, name, new), lambda: setattr(owner, name, old) if own else delattr(owner, name))
         return old
 
-    def set_item(self, owner: Any, key: Any, new: Any) -> Any:
-        """owner[key] = new, for a list, dict or ModuleList; returns what it was. A new key is deleted again."""
-        try:
-            old = owner[key]
-        except KeyError:
-            old = ABSENT
-
-        def put_back():
-            if old is ABSENT:
-                del owner[key]
-            else:
-                owner[key] = old
-
-        self.call(lambda: owner.__setitem__(key, new), put_back)
-        return None if old is ABSENT else old
-
     def swap_module(self, root: Any, path: str, new: Any) -> Any:
         """Put `new` where `root` has the submodule `path` ("blocks.0.ffn.net.2"); returns the one it replaces."""
         parent, _, name = path.rpartition(".")
         return self.set_attribute(root.get_submodule(parent), name, new)
+
+    def hook(self, register: Callable, *args: Any, **options: Any) -> None:
+        """Call one of a torch module's register_..._hook methods; undone by removing the hook."""
+        handles = []
+        self.call(lambda: handles.append(register(*args, **options)), lambda: handles.pop().remove())
 
     def undo(self) -> None:
         """Take everything back, last change first. Twice is harmless. A failure is raised once all were tried.

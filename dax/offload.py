@@ -22,12 +22,14 @@ class Turns:
     """The blocks of two experts in one set of device tensors. `resident[i]` is the expert that block i is of now.
 
     position   (timestep, timesteps) -> the step
-    The idle expert's parameters point to host memory. What stands outside the blocks is on the device for both.
+    tensors    [expert][block] parameters and buffers, always the same objects; what they point to moves
+    slots      [block] the memory on the device;  host  [expert][block] copies, which an idle expert's tensors point to
+    What stands outside the blocks is on the device for both.
     """
 
     def __init__(self, target, position: Callable):
         self.pipe, self.facts, self.position = target.pipe, target.facts, position
-        self.tensors = alike([[tensors_of(block) for block in x.blocks] for x in target.transformers])
+        self.tensors = in_memory_order([[tensors_of(block) for block in x.blocks] for x in target.transformers])
         self.device = target.transformers[0].device
         self.homes = [tensor.device for block in self.tensors[1] for tensor in block]
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -68,7 +70,10 @@ class Turns:
 
     @contextmanager
     def beside(self):
-        """What is queued here runs on the side stream, behind all that was queued before; the event is its end."""
+        """What is queued here runs on the side stream, behind all that was queued before; the event is its end.
+
+        None on a CPU, where copies are made at once.
+        """
         if self.stream is None:
             yield None
             return
@@ -162,29 +167,21 @@ def apply_turns(target, position: Callable, edits: Edits) -> int:
     edits.call(turns.begin, turns.end)
     for expert, transformer in enumerate(target.transformers):
         for i, block in enumerate(transformer.blocks):
-            hook(partial(block.register_forward_pre_hook, partial(turns.before_block, expert, i)), edits)
-            hook(partial(block.register_forward_hook, partial(turns.after_block, expert, i)), edits)
+            edits.hook(block.register_forward_pre_hook, partial(turns.before_block, expert, i))
+            edits.hook(block.register_forward_hook, partial(turns.after_block, expert, i))
         before, after = partial(turns.before_forward, expert), partial(turns.after_forward, expert)
-        hook(partial(transformer.register_forward_pre_hook, before, with_kwargs=True), edits)
-        hook(partial(transformer.register_forward_hook, after, always_call=True), edits)
+        edits.hook(transformer.register_forward_pre_hook, before, with_kwargs=True)
+        edits.hook(transformer.register_forward_hook, after, always_call=True)
         edits.set_attribute(transformer, "cache_context", partial(turns.cache_context, transformer.cache_context))
     return len(turns.resident)
-
-
-def hook(register: Callable, edits: Edits) -> None:
-    """A torch hook as an edit that undo() takes back."""
-    handles = []
-    edits.call(lambda: handles.append(register()), lambda: handles.pop().remove())
 
 
 def tensors_of(module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def alike(experts: list[list[list[torch.Tensor]]]) -> list[list[list[torch.Tensor]]]:
-    """The tensors of each block in the order in which the first expert's lie in memory: what adjoins there shall so in
-    the host's copy.
-    """
+def in_memory_order(experts: list[list[list[torch.Tensor]]]) -> list[list[list[torch.Tensor]]]:
+    """The tensors of each block by the address of the first expert's: what adjoins there does in a host copy."""
     orders = [sorted(range(len(block)), key=lambda k: block[k].data_ptr()) for block in experts[0]]
     return [[[block[k] for k in order] for block, order in zip(blocks, orders)] for blocks in experts]
 
@@ -196,6 +193,7 @@ def point(tensors: list, places: list) -> None:
 
 
 def move(tensor: torch.Tensor, device, edits: Edits) -> None:
+    """To a device as an edit, which undo() takes back to where it was."""
     home = tensor.device
 
     def go(where):
@@ -205,7 +203,10 @@ def move(tensor: torch.Tensor, device, edits: Edits) -> None:
 
 
 def host_copies(blocks: list[list[torch.Tensor]], pinned: bool) -> list[list[torch.Tensor]]:
-    """Copies in one host buffer: pinned memory is handed out in powers of two."""
+    """Copies in one host buffer: pinned memory is handed out in powers of two.
+
+    DaxError("out_of_memory") if the host has not that much.
+    """
     size = sum(-(-tensor.nbytes // ALIGN) * ALIGN for block in blocks for tensor in block)
     try:
         buffer, start, found = torch.empty(size, dtype=torch.uint8, pin_memory=pinned), 0, []

@@ -36,12 +36,12 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     """
     layers = [("plan", plan.leaves()) if isinstance(plan, Plan) else plan_layer(plan), ("optimize()", overrides)]
     wanted, _ = Plan.from_layers(layers)
-    from dax.models import wan, wan_block
+    from dax.models import wan, wan_guard
 
     target = wan.target_of(pipe)
     if any(transformer in OPTIMIZED for transformer in target.transformers):
         raise DaxError("bad_request", "this model is optimized already: call engine.undo() first")
-    wan.check_seams(target)
+    wan_guard.check_seams(target)
     transformer = target.transformers[0]
     here = machine(device_of(transformer))
     dtype = str(transformer.dtype).removeprefix("torch.")
@@ -49,7 +49,7 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     ranks = ranks_here(guided=target.pipe is not None)
     resolved = resolve(wanted, target.facts, here, strict, dtype, checkpoint, ranks)
     if resolved.plan.blocks.fused:
-        difference = wan_block.difference(bool(target.facts.control_layers))
+        difference = wan_guard.block_difference(bool(target.facts.control_layers))
         resolved = without_fused_blocks(resolved, difference, strict)
 
     edits = Edits()

@@ -2,7 +2,6 @@
 
 A plan is built from layers, lowest first (preset, file, --set, flag); every leaf remembers which layer gave its value.
 Nothing unknown, ambiguous or contradictory passes: each refusal is a DaxError("bad_request") that names the place.
-A key of the contract whose feature is not built yet is refused by name, so that a plan never changes its meaning.
 """
 
 import hashlib
@@ -17,9 +16,6 @@ from dax.plan_file import parse_scalar, read_yaml
 
 DEFAULT_PRESET = "exact"
 PLANS = Path(__file__).parent / "plans"
-NOT_YET_PRESETS = ()
-NOT_YET_KEYS = ()  # the whole part; its sub-keys too
-NOT_YET_VALUES = ()
 
 
 class Part(BaseModel):
@@ -240,10 +236,6 @@ def plan_layer(name_or_path: "str | Path") -> tuple[str, dict]:
     name = str(name_or_path)
     if name in presets():
         return f"preset {name}", read_yaml(PLANS / f"{name}.yaml")
-    if name in NOT_YET_PRESETS:
-        raise DaxError(
-            "bad_request", f"preset {name!r} is not available in this version; available: {', '.join(presets())}"
-        )
     if isinstance(name_or_path, str) and "/" not in name and not name.endswith((".yaml", ".yml")):
         if not Path(name).exists():
             raise DaxError("bad_request", f"unknown plan {name!r}{nearest(name, presets())}")
@@ -294,28 +286,18 @@ def entries_of_mappings(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_keys(leaves: dict[str, Any], source: str) -> None:
-    """Refuse unknown keys with the nearest known one, and keys that are not built yet by name (all at once)."""
+    """Refuse an unknown key with the nearest known one, and a group of keys that stands for one."""
     known = plan_keys()
-    not_yet = [key for key in leaves if key.split(".")[0] in NOT_YET_KEYS]
-    if not_yet:
-        named = ", ".join(f"{key} = {leaves[key]!r}" for key in not_yet)
-        raise DaxError(
-            "bad_request", f"{source}: {named}: not available in this version; available: {', '.join(known)}"
-        )
     for key in leaves:
         if key in known:
             continue
-        parts = [name for name in {k.split(".")[0] for k in known} if name == key]
-        if parts:
-            wanted = [k for k in known if k.startswith(f"{key}.")]
+        if wanted := [name for name in known if name.startswith(f"{key}.")]:
             raise DaxError("bad_request", f"{source}: {key!r} is a group of keys: write {' or '.join(wanted)}")
         raise DaxError("bad_request", f"{source}: unknown plan key {key!r}{nearest(key, known)}")
 
 
 def check_value(key: str, value: Any, source: str) -> None:
     """Refuse a word that is not one of the key's choices, with the nearest one. Other types are pydantic's to check."""
-    if (key, value) in NOT_YET_VALUES:
-        raise DaxError("bad_request", f"{source}: {key} = {value!r} is not available in this version")
     choices = plan_choices(key)
     if choices and (value not in choices or not isinstance(value, str)):
         hint = nearest(value, choices) if isinstance(value, str) else f"; known: {', '.join(choices)}"

@@ -11,8 +11,8 @@ from dax.cache.policy import resolve_cache
 from dax.errors import DaxError
 from dax.facts import Facts
 from dax.hardware import Machine, no_kernels
-from dax.parallel import planner
-from dax.parallel.planner import ALONE, Ranks
+from dax.parallel.cost import TILE
+from dax.parallel.planner import ALONE, Ranks, resolve_parallel
 from dax.plan import Linear, Plan
 from dax.quant.scales import Scales
 from dax.quant.scheme import reason as scheme_reason
@@ -70,11 +70,11 @@ def resolve(
     if compiled == "blocks" and machine.packages is not None and machine.compiler is None:
         fallbacks.append("compile = blocks: no C++ compiler found (install g++ or set CXX); none instead")
         compiled = "none"
-    parallel, said = planner.resolve_parallel(
+    parallel, said = resolve_parallel(
         plan.parallel,
         facts,
         machine,
-        replace(ranks, align=planner.TILE) if kernel in EIGHT_BIT else ranks,
+        replace(ranks, align=TILE) if kernel in EIGHT_BIT else ranks,
         travels=kernel in EIGHT_BIT,
         attention="bf16" if attention.KERNELS[kernel].exact else "8bit",
         linear="8bit" if linear.active else "bf16",

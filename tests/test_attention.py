@@ -11,7 +11,7 @@ import dax
 from dax.attention import attend, available, backend, choose, dense, kernel_for_cross, reason
 from dax.errors import DaxError
 from dax.hardware import MACHINES, Machine, machine
-from dax.models import wan
+from dax.models import wan, wan_guard
 
 H200 = replace(MACHINES["h200"], packages={})
 CPU = Machine("cpu", "some CPU", packages={})
@@ -186,7 +186,7 @@ def test_package_kernels_trace_as_one_graph(monkeypatch):
 
 
 def test_processor_equals_the_vendors():
-    wan.check_processor.__wrapped__()
+    wan_guard.check_processor.__wrapped__()
 
 
 def turn_otherwise(monkeypatch, change):
@@ -218,7 +218,7 @@ def turn_otherwise(monkeypatch, change):
 def test_a_processor_that_differs_is_noticed(fault, monkeypatch):
     fault(monkeypatch)
     with pytest.raises(DaxError, match="otherwise than DAX") as caught:
-        wan.check_processor.__wrapped__()
+        wan_guard.check_processor.__wrapped__()
     assert caught.value.exit_code == 8
 
 

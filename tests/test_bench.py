@@ -12,7 +12,7 @@ from dax.bench.model import build
 from dax.bench.size import Size
 from dax.errors import DaxError
 from dax.facts import TI2V, controlled, facts_named
-from dax.models import wan_block
+from dax.models import wan_block, wan_guard
 from dax.plan import Plan
 
 torch = pytest.importorskip("torch")
@@ -68,7 +68,7 @@ def test_control_blocks_and_their_hints(subject, monkeypatch):
     assert 0 < result["rows"][1]["error"] < 0.05
     right = wan_block.control_forward
     monkeypatch.setattr(wan_block, "control_forward", lambda *x: (0 * right(*x)[0], right(*x)[1]))
-    monkeypatch.setattr(wan_block, "difference", lambda control: None)
+    monkeypatch.setattr(wan_guard, "block_difference", lambda control: None)
     with pytest.raises(DaxError, match="not timed"):
         contest.bench(subject, "tiny", rows="eager", plans=["exact"], **quick)
 

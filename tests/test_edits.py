@@ -48,12 +48,15 @@ def test_modules_come_back_in_order():
     assert [(name, id(module)) for name, module in root.named_modules()] == before and root[0].weight is not weight
 
 
-def test_items_come_back():
-    table, edits = {"a": 1}, Edits()
-    assert edits.set_item(table, "a", 2) == 1 and edits.set_item(table, "b", 3) is None
-    assert table == {"a": 2, "b": 3}
+def test_hooks_are_removed_and_others_stay():
+    module, edits, seen = nn.Linear(2, 2), Edits(), []
+    module.register_forward_hook(lambda *_: seen.append("theirs"))
+    edits.hook(module.register_forward_pre_hook, lambda module, args, kwargs: seen.append("ours"), with_kwargs=True)
+    module(torch.ones(2))
+    assert seen == ["ours", "theirs"] and len(edits) == 1
     edits.undo()
-    assert table == {"a": 1}
+    module(torch.ones(2))
+    assert seen == ["ours", "theirs", "theirs"]
 
 
 @pytest.mark.parametrize("owner", [Owner, types.ModuleType("some")])

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from dax.bench import explain as module
-from dax.bench.explain import explain, text
+from dax.bench.explain import explain
+from dax.bench.explain_text import text
 from dax.errors import DaxError
 from dax.hardware import MACHINES
 

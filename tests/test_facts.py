@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dax.errors import DaxError
-from dax.facts import FACTS, facts_from_config, facts_named
+from dax.facts import FACTS, facts_named
+from dax.facts_config import facts_from_config
 
 INDEX = {
     "_class_name": "WanPipeline",

@@ -12,7 +12,7 @@ import dax
 DOORS = ("dax.quant.diffusers",)  # to a place of diffusers' that takes classes of ours; no model class
 PACKAGE = Path(dax.__file__).parent
 LAYERS = {
-    **dict.fromkeys(("plan", "plan_file", "provenance", "facts", "edits", "hardware", "errors"), 0),
+    **dict.fromkeys(("plan", "plan_file", "provenance", "facts", "facts_config", "edits", "hardware", "errors"), 0),
     "kernels": 1,
     **dict.fromkeys(("attention", "quant", "cache", "parallel", "compile", "offload"), 2),
     "models": 3,

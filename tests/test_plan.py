@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dax.errors import DaxError
-from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_keys, plan_layer, presets
+from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer, presets
 
 
 def refused(text: str, make) -> str:
@@ -122,18 +122,10 @@ def test_unknown_keys_and_values(text, values):
 @pytest.mark.fault(16)
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("did you mean 'exact'", "exakt"), ("unknown plan 'quick'", "quick"), ("not available in this", "fastest")],
+    [("did you mean 'exact'", "exakt"), ("unknown plan 'quick'", "quick")],
 )
-def test_unknown_presets(text, name, monkeypatch):
-    monkeypatch.setattr("dax.plan.NOT_YET_PRESETS", ("fastest",))
+def test_unknown_presets(text, name):
     refused(text, lambda: Plan.load(name))
-
-
-@pytest.mark.fault(16)
-def test_keys_not_built_yet_are_refused_by_name(monkeypatch):
-    monkeypatch.setattr("dax.plan.NOT_YET_KEYS", ("teleport",))
-    message = refused("not available in this version", lambda: Plan.from_layers([("f", {"teleport": {"speed": "c"}})]))
-    assert "teleport.speed = 'c'" in message and all(key in message for key in plan_keys())
 
 
 @pytest.mark.fault(16)

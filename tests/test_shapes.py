@@ -9,7 +9,8 @@ from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
 
 from dax.errors import DaxError
-from dax.facts import FACTS, facts_from_config
+from dax.facts import FACTS
+from dax.facts_config import facts_from_config
 from dax.generate.shapes import text_encoder_shapes, transformer_shapes, vae_shapes
 from dax.models.tiny import FOLDER
 

@@ -10,6 +10,7 @@ from functools import cache
 from dax.bench import roofline
 from dax.facts import FACTS
 from dax.hardware import ATTENTION_REACHES, LINEAR_REACHES, MACHINES, SDPA_REACHES_ON_HOPPER, TRAFFIC_REACHES
+from dax.parallel.cost import Cluster, cluster_of
 from dax.plan import Plan
 from dax.quant.scheme import NONE, match
 
@@ -22,43 +23,55 @@ FLOPS = {  # multiply-adds per token of each linear layer of a block; text keys 
 }  # fmt: skip
 
 
+def arithmetic(plan: Plan) -> dict[str, str]:
+    """The dtypes that a plan's kernels multiply in, as roofline's functions take them."""
+    return {
+        "gemm_dtype": roofline.LINEAR.get(plan.linear.scheme, "bf16"),
+        "attention_dtype": roofline.ATTENTION.get(plan.attention.kernel, "bf16"),
+    }
+
+
+def way(plan: Plan) -> str:
+    """How a plan runs what stands between the products of a block: "stock", "compiled" or "fused"."""
+    return "compiled" if plan.compile == "blocks" else "fused" if plan.blocks.fused else "stock"
+
+
 def expected_s(op: roofline.Operation, plan: Plan, machine) -> float:
-    """Seconds that all `count` of an operation should take under a resolved plan: the bound of its kind over the share
-    of it that such kernels were seen to reach.
+    """Seconds that all `count` of an operation should take under a resolved plan on a card with a data sheet.
+
+    The bound of its kind, over the share of it that such kernels were seen to reach.
     """
-    way = "compiled" if plan.compile == "blocks" else "fused" if plan.blocks.fused else "stock"
     if op.kind == "elementwise":
-        reached = TRAFFIC_REACHES[way]
+        reached = TRAFFIC_REACHES[way(plan)]
     elif op.kind == "gemm":
         reached = LINEAR_REACHES[op.dtype]
     else:
         kernel = plan.attention.kernel if op.name == "self-attention" else "cudnn"
         old = kernel == "sdpa" and (machine.sm or 0) >= 90
         reached = SDPA_REACHES_ON_HOPPER if old else ATTENTION_REACHES[kernel]
-    return op.seconds(machine, fused=way != "stock")[0] / reached
+    return op.seconds(machine, fused=way(plan) != "stock")[0] / reached
 
 
 @cache
 def block_ms(scheme: str, attention: str, compile: str, fused: bool) -> float:
     """Milliseconds of one block with one scheme for all its linear layers."""
     plan = Plan(linear={"scheme": scheme}, attention={"kernel": attention}, compile=compile, blocks={"fused": fused})
-    arithmetic = roofline.LINEAR.get(scheme, "bf16"), roofline.ATTENTION.get(attention, "bf16")
-    operations = roofline.block_operations(MODEL, TOKENS, *arithmetic)
+    operations = roofline.block_operations(MODEL, TOKENS, **arithmetic(plan))
     return 1e3 * sum(expected_s(op, plan, CARD) for op in operations)
 
 
 def layer_ms(plan: Plan, num_layers: int) -> float:
-    """Milliseconds of one layer, on average over the model's, under a resolved plan. `sdpa`, which is what auto means
-    on a CPU, counts as cudnn, which it means on the card that is counted for.
+    """Milliseconds of one layer, on average over the model's, under a resolved plan.
 
-    A layer whose linears follow several schemes costs each scheme's block, weighted with its share of the arithmetic.
+    `sdpa`, which is what auto means on a CPU, counts as cudnn, which it means on the card that is counted for. A layer
+    whose linears follow several schemes costs each scheme's block, weighted with its share of the arithmetic.
     """
     names = {f"blocks.{index}.{name}": flops for index in range(num_layers) for name, flops in FLOPS.items()}
     rules = {"*": plan.linear.scheme, **plan.linear.rules}
     schemes = match(names, rules, optional=rules)
     kernel = "cudnn" if plan.attention.kernel == "sdpa" else plan.attention.kernel
-    way = kernel, plan.compile, plan.blocks.fused
-    total = sum(flops * block_ms(schemes.get(name, NONE), *way) for name, flops in names.items())
+    others = kernel, plan.compile, plan.blocks.fused
+    total = sum(flops * block_ms(schemes.get(name, NONE), *others) for name, flops in names.items())
     return total / sum(names.values())
 
 
@@ -70,3 +83,9 @@ def runs_references(plan: Plan, device: str) -> bool:
 def cost(plan: Plan, forwards: int, exact: Plan, all_forwards: int, num_layers: int) -> float:
     """The share of exact's work: 1 for exact itself."""
     return forwards * layer_ms(plan, num_layers) / (all_forwards * layer_ms(exact, num_layers))
+
+
+def cluster(plan: Plan, machine, node: int = 8) -> Cluster | None:
+    """Such cards as the planner sees them under a resolved plan, `node` of them per node; None without a data sheet."""
+    attention = "8bit" if plan.attention.kernel in roofline.ATTENTION else "bf16"
+    return cluster_of(machine, attention, "8bit" if plan.linear.active else "bf16", node)

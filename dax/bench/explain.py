@@ -17,7 +17,8 @@ from dax.cache.step_plan import flow_sigmas
 from dax.errors import DaxError, nearest
 from dax.facts import Facts
 from dax.generate.steps import schedule
-from dax.parallel.planner import Ranks
+from dax.parallel.planner import Ranks, predictions
+from dax.parallel.topology import Topology, topologies
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
 
 FORWARDS_PER_STEP = 2  # guidance runs the model with the prompt and without
@@ -51,21 +52,8 @@ def explain(
     checkpoint = None if asked.cache.policy == "none" else checkpoint_here(model, facts)
     found = resolved_plan(asked, facts, machine, strict, ranks, checkpoint)
     cached = step_cache(found, facts, steps, checkpoint)
-    experts = expert_figures(facts, found.plan, steps, cached) if facts.num_experts > 1 else None
-    eight_bits = found.plan.linear.scheme != "none"
-    resolved, notes, fallbacks = found.plan, list(found.notes), list(found.fallbacks)
-    dtypes = {
-        "gemm_dtype": roofline.LINEAR.get(resolved.linear.scheme, "bf16"),
-        "attention_dtype": roofline.ATTENTION.get(resolved.attention.kernel, "bf16"),
-    }
-    operations = roofline.forward_operations(facts, **asdict(pixels), **dtypes)
-    fused = resolved.compile == "blocks" or resolved.blocks.fused
-    parts = [part(op, machine, resolved, fused) for op in operations if op.flops or moved(op, fused)]
-    flops = roofline.total(operations)[0]
-    forward_s = roofline.seconds(operations, machine, fused) if machine else None
-    expected_s = sum(costs.expected_s(op, resolved, machine) for op in operations) if machine else None
-    in_blocks = roofline.block_operations(facts, tokens, **dtypes, count=facts.num_layers)
-    layer_s = sum(costs.expected_s(op, resolved, machine) for op in in_blocks) / facts.num_blocks if machine else None
+    resolved = found.plan
+    experts = expert_figures(facts, resolved, steps, cached) if facts.num_experts > 1 else None
     forwards = sum(cached["computed"].values()) if cached else FORWARDS_PER_STEP * steps
     return {
         "model": facts.name,
@@ -75,7 +63,7 @@ def explain(
         "layers": facts.num_layers,
         "control_blocks": len(facts.control_layers),
         "parameters": facts.num_parameters,
-        "weights_gib": roofline.weight_bytes(facts, eight_bits=eight_bits) / 2**30,
+        "weights_gib": roofline.weight_bytes(facts, eight_bits=resolved.linear.scheme != "none") / 2**30,
         "activations_gib": roofline.activation_bytes(facts, tokens) / 2**30,
         "device_gib": device_bytes(facts, resolved, tokens) / 2**30,
         "experts": experts,
@@ -88,22 +76,38 @@ def explain(
         },
         "plan_hash": resolved.hash(),
         "changes": changes(resolved, facts, machine),
-        "notes": notes,
-        "fallbacks": fallbacks,
+        "notes": list(found.notes),
+        "fallbacks": list(found.fallbacks),
+        "step_cache": cached,
+        **figures(facts, asdict(pixels), resolved, machine, forwards),
+        "gains": gains(facts, resolved, asdict(pixels), machine, steps, forwards) if machine else [],
+        "num_ranks": gpus,
+        "ranks_per_node": ranks.node,
+        "ranks": expected(resolved, facts, machine, ranks, forwards) if gpus > 1 else None,
+    }
+
+
+def figures(facts: Facts, size: dict, plan: Plan, machine, forwards: int) -> dict:
+    """Work and time of one forward, its parts, one layer and the clip's `forwards`; no times without a card."""
+    dtypes, fused = costs.arithmetic(plan), costs.way(plan) != "stock"
+    operations = roofline.forward_operations(facts, **size, **dtypes)
+    flops = roofline.total(operations)[0]
+    forward_s = expected_s = layer_s = None
+    if machine:
+        in_blocks = roofline.block_operations(facts, facts.tokens(**size), **dtypes, count=facts.num_layers)
+        layer_s = sum(costs.expected_s(op, plan, machine) for op in in_blocks) / facts.num_blocks
+        forward_s = roofline.seconds(operations, machine, fused)
+        expected_s = sum(costs.expected_s(op, plan, machine) for op in operations)
+    return {
         "forward": {"tflop": flops / 1e12, "seconds_at_least": forward_s, "seconds_expected": expected_s},
         "ms_per_layer_expected": 1e3 * layer_s if machine else None,
-        "step_cache": cached,
         "video": {
             "forwards": forwards,
             "pflop": forwards * flops / 1e15,
             "seconds_at_least": forwards * forward_s if machine else None,
             "seconds_expected": forwards * expected_s if machine else None,
         },
-        "parts": parts,
-        "gains": gains(facts, resolved, asdict(pixels), machine, steps, forwards) if machine else [],
-        "num_ranks": gpus,
-        "ranks_per_node": ranks.node,
-        "ranks": expected(resolved, facts, machine, ranks, forwards) if gpus > 1 else None,
+        "parts": [part(op, machine, plan, fused) for op in operations if op.flops or moved(op, fused)],
     }
 
 
@@ -136,11 +140,7 @@ def expert_figures(facts: Facts, plan: Plan, steps: int, cached: dict | None) ->
 
 def expected(plan: Plan, facts: Facts, machine, ranks: Ranks, forwards: int) -> list[dict]:
     """What each way to use all ranks should take, the plan's own first, at rates that such cards were seen to reach."""
-    from dax.parallel.planner import cluster_of, predictions
-    from dax.parallel.topology import Topology, topologies
-
-    attention = "8bit" if plan.attention.kernel in roofline.ATTENTION else "bf16"
-    cluster = cluster_of(machine, attention, "8bit" if plan.linear.active else "bf16", ranks.node)
+    cluster = costs.cluster(plan, machine, ranks.node)
     wire_bytes = 1 if plan.parallel.wire == "8bit" else 2
     own = Topology(plan.parallel.cfg, plan.parallel.ulysses, plan.parallel.rows)
     (chosen,) = predictions(facts, ranks.tokens, [own], cluster, plan.parallel.overlap, wire_bytes)
@@ -272,80 +272,3 @@ def part(op: roofline.Operation, machine, plan: Plan, fused: bool) -> dict:
 def moved(op: roofline.Operation, fused: bool) -> float:
     """Bytes of one of it. A neighbour that was fused away moves none."""
     return op.fused_bytes if fused else op.bytes
-
-
-def text(result: dict) -> str:
-    """The object for people."""
-    from dax.bench.report import table
-
-    pixels = f"{result['height']}x{result['width']}x{result['num_frames']}"
-    control = f" and {result['control_blocks']} control blocks" if result["control_blocks"] else ""
-    lines = [
-        f"{result['model']}: {result['layers']} layers{control}, {result['parameters'] / 1e9:.3f} G parameters",
-        f"{pixels} = {result['tokens']} tokens, {result['steps']} steps",
-        f"memory of the transformer: weights {result['weights_gib']:.2f} GiB, activations about "
-        f"{result['activations_gib']:.2f} GiB" + (f", of {result['memory_gib']:.0f}" if result["memory_gib"] else ""),
-        *expert_lines(result),
-        "",
-        "plan",
-    ]
-    for key, entry in result["plan"].items():
-        asked = "" if entry["asked"] == entry["value"] else f" (asked: {entry['asked']})"
-        lines.append(f"  {key} = {entry['value']}{asked}, from {entry['from']}")
-    lines += [f"  {change}" for change in result["changes"]]
-    lines += schedule_lines(result)
-    lines += [f"  note: {note}" for note in result["notes"]]
-    lines += [f"  fallback: {fallback}" for fallback in result["fallbacks"]]
-    where = f"on {result['hardware']}" if result["hardware"] else "no card named: --hardware h200 gives times"
-    lines += ["", f"one forward of one branch, {where}"]
-    columns = {"name": "part", "dtype": "dtype", "count": "count", "gflop": "GFLOP", "gb": "GB"}
-    if result["hardware"]:
-        columns |= {"ms_at_least": "ms at least", "bound": "bound", "ms_expected": "ms expected"}
-    lines.append(table(result["parts"], columns))
-    forward, video = result["forward"], result["video"]
-    if result["hardware"]:
-        lines.append(f"layer: expected {result['ms_per_layer_expected']:.4g} ms")
-    lines.append(f"forward: {forward['tflop']:.4g} TFLOP" + times(forward))
-    lines.append(f"video: {video['forwards']} forwards, {video['pflop']:.4g} PFLOP" + times(video))
-    if result["gains"]:
-        rows = [{**found, "setting": f"{found['key']} = {str(found['value']).lower()}"} for found in result["gains"]]
-        columns = {"setting": "with that alone", "seconds_expected": "s a clip", "times": "times as fast"}
-        lines += ["", "what another setting would make of it, expected", table(rows, columns)]
-    if result["ranks"]:
-        head = f"{result['num_ranks']} ranks, {result['ranks_per_node']} per node: expected, the plan's own way first"
-        columns = {"topology": "topology", "chunks": "chunks", "layer_ms": "ms/layer", "exchange_ms": "exchange ms"}
-        columns |= {"exposed_ms": "exposed ms", "denoise_s": "denoise s", "speedup": "times one", "efficiency_pct": "%"}
-        lines += ["", head, table(result["ranks"], columns)]
-    return "\n".join(lines)
-
-
-def expert_lines(result: dict) -> list[str]:
-    """How two experts share loop and memory."""
-    experts = result["experts"]
-    if experts is None:
-        return []
-    (first, second), forwards = experts["steps"], experts["forwards"]
-    host = experts["host_weights_gib"]
-    return [
-        f"two experts: {first} steps down to the boundary at {experts['boundary_ratio']:g}, then {second}; "
-        f"{forwards[0]} and {forwards[1]} forwards",
-        f"memory with both: weights {experts['device_weights_gib']:.2f} GiB on the device, with activations and the "
-        f"text's keys about {result['device_gib']:.2f} GiB" + (f"; {host:.2f} GiB of the host's" if host else ""),
-    ]
-
-
-def schedule_lines(result: dict) -> list[str]:
-    """The step cache's table: 1 a computed step, 0 a predicted one, - one without guidance."""
-    cached = result["step_cache"]
-    if cached is None:
-        unknown = result["plan"]["cache.policy"]["value"] != "none"
-        return ["  steps: the time embedding decides, so it takes weights to know them"] if unknown else []
-    total = 2 * len(cached["cond"])
-    lines = [f"  steps: {cached['made_by']}: {sum(cached['computed'].values())} of {total} forwards are computed"]
-    return lines + [f"    {branch:6} {cached[branch]}  {count}" for branch, count in cached["computed"].items()]
-
-
-def times(found: dict) -> str:
-    if found["seconds_at_least"] is None:
-        return ""
-    return f", at least {found['seconds_at_least']:.4g} s, expected {found['seconds_expected']:.4g} s"

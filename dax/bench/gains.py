@@ -19,12 +19,7 @@ def gains(facts: Facts, plan: Plan, size: dict, machine, steps: int, forwards: i
     """
 
     def seconds(changed: Plan, count: int) -> float:
-        operations = roofline.forward_operations(
-            facts,
-            **size,
-            gemm_dtype=roofline.LINEAR.get(changed.linear.scheme, "bf16"),
-            attention_dtype=roofline.ATTENTION.get(changed.attention.kernel, "bf16"),
-        )
+        operations = roofline.forward_operations(facts, **size, **costs.arithmetic(changed))
         return count * sum(costs.expected_s(op, changed, machine) for op in operations)
 
     def row(key: str, value, changes: dict, count: int = forwards) -> dict:

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from dax.errors import DaxError
-from dax.facts import Facts, facts_from_config, facts_named, flow_shift_of
+from dax.facts import Facts, facts_named
+from dax.facts_config import facts_from_config, flow_shift_of
 
 LOGIT_STD = 3.0  # how peaked attention is: about ten keys of 75 600 matter to a query, as in a trained model
 
@@ -67,3 +68,17 @@ def load(folder: str, device: str, num_layers: int):
     if control := getattr(model.config, "vace_layers", None):
         del model.vace_blocks[sum(layer < num_layers for layer in control) :]
     return model.to(device).eval()
+
+
+def pipeline(transformers: list, facts: Facts):
+    """A pipeline of a transformer, or of two experts, and the model's usual solver, nothing else. Not of VACE."""
+    import diffusers
+
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=facts.defaults.flow_shift
+    )
+    experts = dict(zip(("transformer", "transformer_2"), transformers), boundary_ratio=facts.boundary_ratio)
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "scheduler": scheduler, **experts}
+    pipe = getattr(diffusers, facts.pipeline_class)(**parts, expand_timesteps=facts.token_time)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -54,7 +54,7 @@ def link_rows(job: Job, clock, before) -> list[dict]:
         ms, _ = clock.sustained_ms(partial(dist.all_to_all_single, receive, send), share=0.1)
         leaving = mib * 2**20 * (job.gpus - 1)
         found.append({"leaving_mb": leaving / 1e6, "ms": ms, "gb_per_s": leaving / ms / 1e6})
-        clock.tell(job, f"all-to-all, {leaving / 1e6:.0f} MB leave a GPU: {ms:.3f} ms, {leaving / ms / 1e6:.1f} GB/s")
+        clock.tell(f"all-to-all, {leaving / 1e6:.0f} MB leave a GPU: {ms:.3f} ms, {leaving / ms / 1e6:.1f} GB/s")
     return found
 
 
@@ -87,13 +87,14 @@ def decode_rows(job: Job, clock, before) -> list[dict]:
         clips[-1] = clips[-1].cpu()
         speedup, error = rows[0]["seconds"] / seconds if rows else 1.0, clock.together(relative(clips[-1], clips[0]))
         rows.append({"label": label, "seconds": seconds, "speedup": speedup, "error": error})
-        clock.tell(job, f"{label}: {seconds:.2f} s, {speedup:.2f} times one, error {error:.1e}")
+        clock.tell(f"{label}: {seconds:.2f} s, {speedup:.2f} times one, error {error:.1e}")
     edits.undo()
     return rows
 
 
 def clip_alone(job: Job):
-    """(the tiny model's pipeline, latents of a few clips by plan exact on one GPU, latents of the noise floor)."""
+    """(the tiny model's pipeline, latents of a few clips by plan exact on one GPU, how far the noise floor is from
+    them, what that is)"""
     import torch
 
     import dax
@@ -128,7 +129,7 @@ def clip_rows(job: Job, clock, before) -> list[dict]:
             error = clock.together(relative(clip(pipe), alone))
             way = next(note for note in engine.notes if note.startswith("parallel:"))
         rows.append({"label": f"tiny clip, {way}", "error": error, "floor": floor, "floor_is": described})
-        clock.tell(job, f"{rows[-1]['label']}: latents {error:.2e} off, noise floor {floor:.2e} ({described})")
+        clock.tell(f"{rows[-1]['label']}: latents {error:.2e} off, noise floor {floor:.2e} ({described})")
     return rows
 
 

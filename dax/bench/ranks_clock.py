@@ -1,6 +1,7 @@
 """Times of what several ranks do together: the same number of calls on each, and the slowest counts."""
 
 import time
+from collections.abc import Callable
 from math import ceil
 
 from dax.bench.timing import Reading, Sensors, sensor, summarise
@@ -9,10 +10,10 @@ ROUNDS = 2
 
 
 class RanksClock:
-    """The clock of all ranks: every method is collective and gives the same on each."""
+    """The clock of all ranks: every method is collective and gives the same on each. `log` hears what rank 0 tells."""
 
-    def __init__(self, device: str, warm_up_s: float, timed_s: float):
-        self.device, self.warm_up_s, self.timed_s = device, warm_up_s, timed_s
+    def __init__(self, device: str, warm_up_s: float, timed_s: float, log: Callable[[str], None]):
+        self.device, self.warm_up_s, self.timed_s, self.log = device, warm_up_s, timed_s, log
         self.read = sensor(device) if device == "cuda" else None
 
     def sustained_ms(self, call, share: float = 1.0) -> tuple[float, Reading]:
@@ -54,10 +55,9 @@ class RanksClock:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.item()
 
-    @staticmethod
-    def tell(job, text: str) -> None:
+    def tell(self, text: str) -> None:
         """Rank 0 says it."""
         import torch.distributed as dist
 
         if dist.get_rank() == 0:
-            job.log(text)
+            self.log(text)

@@ -8,7 +8,7 @@ import copy
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from dax.bench import roofline
+from dax.bench import costs
 from dax.errors import DaxError, nearest
 
 ROUNDING = 0.05  # bf16 throughout: another order of summation
@@ -132,8 +132,7 @@ def arithmetic(row: Row) -> tuple[str, str]:
     """(dtype of the row's linear layers, dtype of its attention), as the roofline names them."""
     if row.plan is None:
         return "bf16", "int8" if row.backend == "sage" else "bf16"
-    scheme, kernel = row.plan.linear.scheme, row.plan.attention.kernel
-    return roofline.LINEAR.get(scheme, "bf16"), roofline.ATTENTION.get(kernel, "bf16")
+    return tuple(costs.arithmetic(row.plan).values())
 
 
 def choice_kept(call):

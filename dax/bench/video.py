@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from dax.bench import report
-from dax.bench.model import build, facts_of
+from dax.bench.model import build, facts_of, pipeline
 from dax.bench.size import checked_size
 from dax.bench.timing import Reading, Sensors, sensor, summarise
 from dax.errors import DaxError
@@ -186,17 +186,3 @@ class Loop:
 
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
-
-
-def pipeline(transformers: list, facts):
-    """A WanPipeline of a transformer, or two experts, and the model's usual solver, nothing else."""
-    from diffusers import UniPCMultistepScheduler, WanPipeline
-
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=facts.defaults.flow_shift
-    )
-    experts = dict(zip(("transformer", "transformer_2"), transformers), boundary_ratio=facts.boundary_ratio)
-    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "scheduler": scheduler, **experts}
-    pipe = WanPipeline(**parts, expand_timesteps=facts.token_time)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

@@ -9,57 +9,18 @@ ends.
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from dax.cache.residual import BlockStack
+from dax.cache.run import Report, Run
 from dax.cache.step_plan import BRANCHES, COMPUTE, DROP, Action, Setting, StepPlan
 from dax.edits import Edits
 from dax.errors import DaxError
 
 SIGMA_TOLERANCE = 1e-4
-
-
-@dataclass
-class Run:
-    """One pass through the loop. `history` holds each branch's last computed velocities, newest first."""
-
-    plan: StepPlan
-    step: int = 0
-    expert: "Expert | None" = None  # whose velocities the history holds
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of the step that is open, by branch
-    fresh: set[str] = field(default_factory=set)  # branches the open step computed
-    branches: set[str] = field(default_factory=set)  # seen so far
-    history: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    computed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BRANCHES, 0))
-    predicted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BRANCHES, 0))
-    form: type = tuple  # of the transformer's output
-    dtype: torch.dtype | None = None
-
-    def close_step(self) -> None:
-        """Keep what the step computed. Only now: with guidance on two ranks the outputs are filled after both calls."""
-        self.branches |= set(self.outputs)
-        for branch in self.fresh:
-            kept = self.history.setdefault(branch, [])
-            kept.insert(0, self.outputs[branch].clone())  # whoever made it may write there again
-            del kept[self.plan.depth :]
-        self.outputs.clear()
-        self.fresh.clear()
-
-    def done(self) -> bool:
-        return self.step == self.plan.steps - 1 and self.branches <= set(self.outputs) and bool(self.branches)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run of the loop really did: forwards of each branch that ran the model, and that did not."""
-
-    plan: StepPlan
-    computed: dict[str, int]
-    predicted: dict[str, int]
-    warnings: tuple[str, ...]
 
 
 @dataclass
@@ -283,5 +244,5 @@ def position(timestep: torch.Tensor, timesteps: torch.Tensor) -> int:
     value = last.item()
     found = (timesteps.cpu() == value).nonzero().flatten().tolist()
     if not found:
-        raise DaxError("bad_request", f"step cache: timestep {value} is none of the scheduler's {len(timesteps)}")
+        raise DaxError("bad_request", f"timestep {value} is none of the scheduler's {len(timesteps)}: denoise by those")
     return found[0]

@@ -23,7 +23,8 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Print the resolved plan and where each value came from, what it changes, and FLOPs, bytes, memory and bounds."""
-    from dax.bench.explain import explain, text
+    from dax.bench.explain import explain
+    from dax.bench.explain_text import text
 
     options.say_if_tiny(model)
     result = explain(model, plan, sets or [], (height, width, num_frames), steps, hardware, strict, gpus, gpus_per_node)

@@ -12,7 +12,8 @@ from math import prod
 from pathlib import Path
 
 from dax.errors import DaxError
-from dax.facts import CLIP_TOKENS, OWN_COMPONENTS, Facts, facts_from_config, flow_shift_of, named
+from dax.facts import CLIP_TOKENS, Facts
+from dax.facts_config import OWN_COMPONENTS, facts_from_config, flow_shift_of, named
 from dax.generate import shapes
 from dax.generate.checkpoint import (
     bad,

@@ -13,7 +13,8 @@ from math import isfinite
 from pathlib import Path
 
 from dax.errors import DaxError
-from dax.facts import FACTS, named
+from dax.facts import FACTS
+from dax.facts_config import named
 from dax.generate import video
 from dax.generate.checkpoint import read_header
 from dax.generate.image import Picture, read_images, stretched

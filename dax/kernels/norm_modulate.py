@@ -90,7 +90,8 @@ def norm_kernel(
         store_codes(Out + row * C, out, Scale + row, StaticScale, inverse * 0.0, C, CHUNK, LARGEST)
 
 
-def normed(x, weight, bias, eps, out, scale, static_scale, split) -> None:
+def norm_into(out, x, weight, bias, eps, scale, static_scale, split) -> None:
+    """Write `out` [B, S, C]: LayerNorm(x) * weight + bias, in 8 bits and their `scale` [B, S] where that is given."""
     B, S, C = x.shape
     weight, bias = (v.float().contiguous() for v in (weight, bias))
     which = (S, split, *strides(weight))
@@ -101,7 +102,7 @@ def normed(x, weight, bias, eps, out, scale, static_scale, split) -> None:
 
 def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, split: int = 0) -> torch.Tensor:
     out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    normed(x, weight, bias, eps, out, None, None, split)
+    norm_into(out, x, weight, bias, eps, None, None, split)
     return out
 
 
@@ -116,7 +117,7 @@ def launch_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(x.shape, device=x.device, dtype=dtype)
     row_scale = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
-    normed(x, weight, bias, eps, codes, row_scale, scale, split)
+    norm_into(codes, x, weight, bias, eps, row_scale, scale, split)
     return codes, row_scale
 
 

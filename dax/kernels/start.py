@@ -29,8 +29,9 @@ def start(kernel, grid: tuple, *args, **constants) -> None:
 def compiled_ahead():
     """Inside, operations compile their kernels for the current GPU, all at once, and run none: outputs stay unwritten.
 
-    Afterwards the kernels are loaded. No kernel is compiled for a number of tokens, so a few stand for any number. What
-    Triton's cache on disk has is only loaded. Raises what the compiler raised.
+    Yields the list that the kernels are added to; afterwards they are loaded. No kernel is compiled for a number of
+    tokens, so a few stand for any number. What Triton's cache on disk has is only loaded. Raises what the compiler
+    raised.
     """
     kernels = []
     token = AHEAD.set(kernels)

@@ -82,18 +82,9 @@ def remember_text(target, edits: Edits) -> TextMemory:
     """A memory fed by the forwards of the target's transformers, cleared by undo and at the end of a pipeline's run."""
     memory = TextMemory()
     for transformer in target.transformers:
-        hooks = []
-
-        def install(transformer=transformer, hooks=hooks):
-            hooks.append(transformer.register_forward_pre_hook(memory.announce, with_kwargs=True))
-            hooks.append(transformer.register_forward_hook(memory.conclude, always_call=True))
-
-        def remove(hooks=hooks):
-            for hook in hooks:
-                hook.remove()
-            memory.clear()
-
-        edits.call(install, remove)
+        edits.hook(transformer.register_forward_pre_hook, memory.announce, with_kwargs=True)
+        edits.hook(transformer.register_forward_hook, memory.conclude, always_call=True)
+    edits.call(lambda: None, memory.clear)
     if target.pipe is not None:
         finish = target.pipe.maybe_free_model_hooks  # the last thing a pipeline's call does
 

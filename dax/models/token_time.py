@@ -31,7 +31,7 @@ class Modulation:
 
 
 def modulation(temb) -> Modulation:
-    """The modulation of a block's tokens: `temb` itself, or the vendor's [B, 6, C] as one row for all tokens."""
+    """The modulation of a block's tokens: `temb` itself, or the vendor's [B, 6, C] as one row [B, 1, 6, C] for all."""
     return temb if isinstance(temb, Modulation) else Modulation(temb[:, None])
 
 
@@ -42,15 +42,14 @@ def for_blocks(blocks, temb, tokens: int):
     return rows_of_tokens(temb.rows.flatten(2), tokens, temb.split).unflatten(2, (6, -1))
 
 
-def apply_token_time(target, fused: bool, edits: Edits) -> int:
-    """Let the transformers embed each distinct timestep once; returns how many.
+def apply_token_time(target, fused: bool, edits: Edits) -> None:
+    """Let the transformers embed each distinct timestep once.
 
     fused   the blocks take a Modulation; the vendor's own take what it hands them, for every token where two differ
     """
     for transformer in target.transformers:
         embedder = transformer.condition_embedder
         edits.set_attribute(embedder, "forward", partial(embed, embedder.forward, fused))
-    return len(target.transformers)
 
 
 def embed(inner, fused: bool, timestep, *args, timestep_seq_len=None, **kwargs):
@@ -81,6 +80,8 @@ def embed(inner, fused: bool, timestep, *args, timestep_seq_len=None, **kwargs):
 
 
 def leading(times: torch.Tensor) -> int | None:
-    """Of timesteps [B, s], how many tokens come before the second one; 0 if there is none, None if two do not do."""
+    """Of timesteps [B, s] on the CPU, how many tokens come before the second one; 0 if there is none, None if two do
+    not do, or not in that order, or not at the same token in all videos.
+    """
     split = int((times == times[:, :1]).all(0).long().cumprod(0).sum()) % times.shape[1]
     return split if (times[:, split:] == times[:, -1:]).all() else None

@@ -1,22 +1,20 @@
 """Wan: where DAX stands in diffusers' WanTransformer3DModel, and how to build one of random weights.
 
 The seams are the list of blocks and the processor of each attention. The processor restates the vendor's own around a
-backend of DAX, in functions that a fused block calls too; `check_processor` compares the two on small numbers before a
-model is touched, so that a diffusers that changed underneath is noticed.
+backend of DAX, in functions that a fused block calls too; `wan_guard` holds both to the vendor's before a model is
+touched.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dax.attention.backend import Backend, Turn, backend_of
+from dax.attention.backend import Backend, Turn
 from dax.attention.dense import turned
 from dax.errors import DaxError
-from dax.facts import Facts, facts_from_config, flow_shift_of
+from dax.facts import Facts
+from dax.facts_config import facts_from_config, flow_shift_of
 from dax.models.text_memory import TextMemory
 
 TEXT_TOKENS = 512  # the vendor's: with an image, whatever comes before the last 512 tokens is of the image
@@ -192,75 +190,6 @@ def turn_of(attn, rotary_emb) -> Turn:
 def project(attn, x):
     """q, k, v [B, S, C] of a self-attention layer, through its fused projection where it has one."""
     return attn.to_qkv(x).chunk(3, dim=-1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
-
-
-def check_seams(target: Target) -> None:
-    """DaxError unless every block carries the attention DAX knows, with the vendor's processor, not compiled."""
-    _, WanAttnProcessor = vendor()
-    expected = len(target.blocks())
-    for cross in (False, True):
-        found = len(target.attentions(cross))
-        if found != expected or expected == 0:
-            kind = "cross" if cross else "self"
-            raise DaxError(
-                "bad_model",
-                f"plan attention.kernel: {found} of {expected} {kind}-attention layers matched in "
-                f"{target.facts.transformer_class}; this diffusers is not one DAX knows",
-            )
-    for expert, transformer in zip(("transformer", "transformer_2"), target.transformers):
-        for name, module in transformer.named_modules():
-            if getattr(module, "_compiled_call_impl", None) is not None:
-                where = f"{expert}.{name}" if name else f"the {expert}"
-                raise DaxError(
-                    "bad_request", f"{where} is compiled already: pass an uncompiled model and set compile = blocks"
-                )
-        for name, processor in transformer.attn_processors.items():
-            if type(processor) is not WanAttnProcessor:
-                raise DaxError(
-                    "bad_request",
-                    f"{expert}.{name} is already {type(processor).__name__}: undo that change before dax.optimize",
-                )
-            if processor._parallel_config is not None:
-                raise DaxError(
-                    "bad_request", f"{expert}.{name}: diffusers' context parallelism cannot be combined with DAX"
-                )
-    check_processor()
-
-
-@contextmanager
-def small_numbers():
-    """For a check on the CPU: seeded, without gradients, by plain mathematics whatever kernel the process chose."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"), sdpa_kernel(SDPBackend.MATH):
-        torch.manual_seed(0)
-        yield
-
-
-@cache
-def check_processor() -> None:
-    """Run DAX's processor and the vendor's on one small layer of each kind. DaxError("check_failed") if they differ."""
-    WanAttention, WanAttnProcessor = vendor()
-    S, T, H, D = 6, 5, 2, 8
-    kinds = {"self": (0, {}), "cross": (T, {"cross_attention_dim_head": D})}
-    kinds["image"] = (T + TEXT_TOKENS, kinds["cross"][1] | {"added_kv_proj_dim": H * D})
-    angle = torch.arange(S * D / 2).view(1, S, 1, D // 2).repeat_interleave(2, dim=-1)
-    with small_numbers():
-        for kind, (tokens, options) in kinds.items():
-            layer = WanAttention(H * D, H, D, eps=1e-6, **options)
-            for parameter in layer.parameters():
-                parameter.normal_()
-            x, text = torch.randn(1, S, H * D), torch.randn(1, tokens, H * D) if tokens else None
-            rotary = None if tokens else (angle.cos(), angle.sin())
-            theirs = WanAttnProcessor()(layer, x, text, None, rotary)
-            ours = WanProcessor(backend_of("sdpa"))(layer, x, text, None, rotary)
-            error = ((ours - theirs).norm() / theirs.norm()).item()
-            if not error < 1e-5:
-                import diffusers
-
-                raise DaxError(
-                    "check_failed",
-                    f"diffusers {diffusers.__version__} computes Wan's {kind}-attention "
-                    f"otherwise than DAX (relative difference {error:.1e}): install another diffusers, or report it",
-                )
 
 
 def build_random(facts: Facts, device: str = "cpu", num_layers: int | None = None, seed: int = 0):

@@ -7,8 +7,7 @@ an adapter, or whose neighbours are quantised otherwise, runs by itself, as the 
 """
 
 from collections import Counter
-from copy import deepcopy
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,8 @@ from dax.kernels.gated_residual import gated_residual
 from dax.kernels.norm_modulate import norm_modulate, norm_modulate_quantize
 from dax.kernels.scaled_linear import scaled_linear
 from dax.kernels.start import compiled_ahead
-from dax.models.token_time import Modulation, modulation
-from dax.models.wan import TEXT_TOKENS, WanProcessor, attend_heads, attend_text, small_numbers
+from dax.models.token_time import modulation
+from dax.models.wan import TEXT_TOKENS, attend_heads, attend_text
 from dax.quant.linear import QuantLinear
 
 FEW_TOKENS = 128
@@ -244,63 +243,3 @@ def fused_segments(target) -> dict[str, int]:
     for block in target.blocks():
         counts.update(name for name, fused in segments(block).items() if fused)
     return {name: counts[name] for name in segments(target.blocks()[0])}
-
-
-@cache
-def difference(control: bool = False) -> str | None:
-    """Run the fused block and the vendor's own on small numbers: how they differ, or None if they do not.
-
-    control   a control block of VACE, too
-    """
-    import diffusers
-
-    try:
-        found = [compare(*each) for each in small_blocks(control)]
-    except (ImportError, TypeError, AttributeError, ValueError, RuntimeError) as problem:
-        return f"diffusers {diffusers.__version__} builds Wan's block otherwise ({type(problem).__name__}: {problem})"
-    if not all(error < 1e-5 for error in found):
-        return (
-            f"diffusers {diffusers.__version__} computes Wan's block otherwise (relative difference {max(found):.1e})"
-        )
-    return None
-
-
-def small_blocks(control: bool):
-    """(a vendor's block, its arguments, those of the fused one) with one timestep, with two, and of VACE."""
-    from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-
-    S, T, H, D, split = 6, TEXT_TOKENS + 5, 2, 8, 2  # 5 tokens of an image
-    options = {"cross_attn_norm": True, "added_kv_proj_dim": H * D}
-    with small_numbers():
-        angle = torch.arange(S * D / 2).view(1, S, 1, D // 2).repeat_interleave(2, dim=-1)
-        rotary = angle.cos(), angle.sin()
-        x, text, temb = torch.randn(2, S, H * D), torch.randn(2, T, H * D), torch.randn(2, 2, 6, H * D)
-        tokens = temb.repeat_interleave(torch.tensor([split, S - split]), 1)
-        block = WanTransformerBlock(H * D, 32, H, **options)
-        yield block, (x, text, temb[:, 0], rotary), (x, text, temb[:, 0], rotary)
-        yield block, (x, text, tokens, rotary), (x, text, Modulation(temb, split), rotary)
-        if control:
-            from diffusers.models.transformers.transformer_wan_vace import WanVACETransformerBlock
-
-            block = WanVACETransformerBlock(
-                H * D, 32, H, **options, apply_input_projection=True, apply_output_projection=True
-            )
-            given = x, text, torch.randn(2, S, H * D), temb[:, 0], rotary
-            yield block, given, given
-
-
-def compare(block, theirs, ours) -> float:
-    """Relative difference of the fused forward to the block's own; its weights become random."""
-    from dax.attention import backend_of
-
-    with small_numbers():
-        for parameter in block.eval().parameters():
-            parameter.normal_()
-        wanted = block(*theirs)
-        twin = deepcopy(block)
-        for attn in (twin.attn1, twin.attn2):
-            attn.set_processor(WanProcessor(backend_of("sdpa")))
-        got = forward_of(twin)(twin, *ours)
-        if isinstance(got, tuple):
-            got, wanted = torch.stack(got), torch.stack(wanted)
-    return ((got - wanted).norm() / wanted.norm()).item()

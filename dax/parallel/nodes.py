@@ -1,7 +1,8 @@
 """Several machines: each node's first rank tells the others where its ranks are, through torch.distributed's own store.
 
 What is heard is written into this node's board as if those ranks had written it there, so that one rule finds the rank
-that hangs, wherever it runs. A node that has said nothing for SILENT_S is lost.
+that hangs, wherever it runs. A node that falls silent for SILENT_S before it is done is lost; one that never spoke has
+not joined, which the rendezvous waits for.
 """
 
 import json
@@ -14,7 +15,10 @@ ELSEWHERE = -1  # the process id of a rank on another machine: never one to send
 
 
 class Nodes:
-    """This node, number `node` of `count`, whose ranks are `own`. `store`: for the one thread that uses this alone."""
+    """This node, number `node` of `count`, whose ranks are `own`, the first of them this process.
+
+    board   of this process;  store  of torch.distributed, for the one thread that uses this alone
+    """
 
     def __init__(self, board: Board, store, node: int, count: int, own: range):
         self.board, self.store, self.node, self.count, self.own = board, store, node, count, own

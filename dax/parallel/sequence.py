@@ -62,20 +62,10 @@ def apply_sequence(transformer, sequence: Sequence, edits) -> int:
     def gather_tokens(head, inputs, output):
         return sequence.gather(output, 1)
 
-    registers = [
-        lambda: transformer.rope.register_forward_hook(shard_table),
-        lambda: transformer.condition_embedder.register_forward_pre_hook(shard_times, with_kwargs=True),
-        lambda: transformer.patch_embedding.register_forward_hook(shard_tokens),
-        lambda: transformer.proj_out.register_forward_hook(gather_tokens),
-    ]
+    edits.hook(transformer.rope.register_forward_hook, shard_table)
+    edits.hook(transformer.condition_embedder.register_forward_pre_hook, shard_times, with_kwargs=True)
+    edits.hook(transformer.patch_embedding.register_forward_hook, shard_tokens)
+    edits.hook(transformer.proj_out.register_forward_hook, gather_tokens)
     if hasattr(transformer, "vace_blocks"):
-        registers.append(lambda: transformer.vace_patch_embedding.register_forward_hook(shard_control))
-    for register in registers:
-        add_hook(register, edits)
+        edits.hook(transformer.vace_patch_embedding.register_forward_hook, shard_control)
     return len(transformer.blocks) + len(getattr(transformer, "vace_blocks", ()))
-
-
-def add_hook(register, edits) -> None:
-    """A torch hook as an edit that undo() takes back."""
-    handles = []
-    edits.call(lambda: handles.append(register()), lambda: handles.pop().remove())

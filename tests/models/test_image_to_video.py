@@ -8,7 +8,7 @@ import dax
 from dax.cache import magcache, teacache
 from dax.errors import DaxError
 from dax.facts import FACTS
-from dax.models import wan, wan_block
+from dax.models import wan, wan_guard
 from tests.conftest import build_image_pipe, build_random_pipe
 from tests.quant.test_apply import relative
 
@@ -143,7 +143,7 @@ def test_8_bits_err_no_more_than_without_an_image():
 
 def test_keys_of_the_image_are_computed_once_a_prompt(monkeypatch):
     pipe, calls = build_image_pipe(), []
-    wan.check_processor()
+    wan_guard.check_processor()
     right = wan.text_operands
     monkeypatch.setattr(wan, "text_operands", lambda attn, text: calls.append(attn) or right(attn, text))
     with dax.optimize(pipe, blocks={"fused": False}):
@@ -186,7 +186,7 @@ def test_another_image_is_seen():
 def test_the_guards_hear_planted_faults(monkeypatch, fault):
     """Those that run before a model is touched."""
     right, pair = wan.text_operands, wan.key_value
-    assert wan_block.difference.__wrapped__() is None
+    assert wan_guard.block_difference.__wrapped__(False) is None
     if fault == "split off by one":
         monkeypatch.setattr(wan, "TEXT_TOKENS", 511)
     elif fault == "keys not normed":
@@ -195,8 +195,8 @@ def test_the_guards_hear_planted_faults(monkeypatch, fault):
         kept = {"no image": lambda text, *image: (text,), "image twice": lambda *pairs: pairs[-1:] * len(pairs)}[fault]
         monkeypatch.setattr(wan, "text_operands", lambda *x: kept(*right(*x)))
     with pytest.raises(DaxError, match="computes Wan's image-attention otherwise"):
-        wan.check_processor.__wrapped__()
-    assert "computes Wan's block otherwise" in wan_block.difference.__wrapped__()
+        wan_guard.check_processor.__wrapped__()
+    assert "computes Wan's block otherwise" in wan_guard.block_difference.__wrapped__(False)
 
 
 def test_published_constants_go_by_the_names_of_the_facts():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dax
-from dax.models import wan, wan_block
+from dax.models import wan, wan_guard
 
 
 @pytest.fixture
@@ -18,8 +18,8 @@ def counted(random_pipe, monkeypatch):
         calls.append(attn)
         return right(attn, text)
 
-    wan.check_processor()  # both checks run layers of their own, once a process
-    wan_block.difference()
+    wan_guard.check_processor()  # both checks run layers of their own, once a process
+    wan_guard.block_difference(False)
     monkeypatch.setattr(wan, "text_operands", text_operands)
     return random_pipe, calls
 

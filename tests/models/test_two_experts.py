@@ -12,7 +12,7 @@ from dax.cache.step_plan import COMPUTE, DROP, REUSE, StepPlan
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate.stages import Forwards
-from dax.models import wan
+from dax.models import wan, wan_guard
 from tests.conftest import build_expert_pipe, build_random_pipe
 from tests.models.test_image_to_video import latents as one_scale
 from tests.models.test_image_to_video import picture
@@ -291,7 +291,7 @@ def test_fused_products_stay_fused_wherever_the_weights_are():
 
 def test_the_texts_keys_are_computed_once_an_expert_wherever_its_weights_are(monkeypatch):
     pipe, calls = build_expert_pipe(), []
-    wan.check_processor()
+    wan_guard.check_processor()
     right = wan.text_operands
     monkeypatch.setattr(wan, "text_operands", lambda attn, text: calls.append(attn) or right(attn, text))
     remembered = []

@@ -6,7 +6,7 @@ from PIL import Image
 
 import dax
 from dax.errors import DaxError
-from dax.models import wan_block
+from dax.models import wan_block, wan_guard
 from tests.conftest import build_random_pipe, build_vace_pipe
 from tests.models import test_image_to_video
 from tests.models.test_image_to_video import picture
@@ -103,9 +103,9 @@ def test_planted_faults_are_heard_by_the_guard_and_in_the_clip(pipe, monkeypatch
         return (block.proj_out(control), after) if fault == "hint of the input" else (hint, control)
 
     monkeypatch.setattr(wan_block, "control_forward", faulty)
-    assert "computes Wan's block otherwise" in wan_block.difference.__wrapped__(True)
-    assert wan_block.difference.__wrapped__() is None, "other models are not concerned"
-    monkeypatch.setattr(wan_block, "difference", lambda control: None)
+    assert "computes Wan's block otherwise" in wan_guard.block_difference.__wrapped__(True)
+    assert wan_guard.block_difference.__wrapped__(False) is None, "other models are not concerned"
+    monkeypatch.setattr(wan_guard, "block_difference", lambda control: None)
     with dax.optimize(pipe):
         assert relative(latents(pipe), stock) > 1e-3
 

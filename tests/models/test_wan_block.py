@@ -8,7 +8,7 @@ from torch import nn
 
 import dax
 from dax.errors import DaxError
-from dax.models import wan_block
+from dax.models import wan_block, wan_guard
 from tests.quant.test_apply import relative, velocity
 
 
@@ -155,7 +155,7 @@ def test_weights_that_moved_apart_still_run(random_pipe):
 
 
 def test_another_vendor_block_falls_back_by_name_or_is_refused(random_pipe, monkeypatch):
-    monkeypatch.setattr(wan_block, "difference", lambda control: "diffusers 9 computes Wan's block otherwise")
+    monkeypatch.setattr(wan_guard, "block_difference", lambda control: "diffusers 9 computes Wan's block otherwise")
     with dax.optimize(random_pipe) as engine:
         assert engine.fallbacks == ("blocks.fused = true: diffusers 9 computes Wan's block otherwise; false instead",)
         assert not engine.plan.blocks.fused and "forward" not in vars(random_pipe.transformer.blocks[0])
@@ -164,10 +164,10 @@ def test_another_vendor_block_falls_back_by_name_or_is_refused(random_pipe, monk
 
 
 def test_the_guard_sees_a_block_that_computes_otherwise(monkeypatch):
-    assert wan_block.difference.__wrapped__() is None
+    assert wan_guard.block_difference.__wrapped__(False) is None
     stock = wan_block.gated_residual
     monkeypatch.setattr(wan_block, "gated_residual", lambda y, gate, *rest: stock(y, 1 + gate, *rest))
-    assert "computes Wan's block otherwise" in wan_block.difference.__wrapped__()
+    assert "computes Wan's block otherwise" in wan_guard.block_difference.__wrapped__(False)
 
 
 def test_hooks_that_came_first_are_refused(random_pipe):

@@ -5,11 +5,7 @@ It is loaded by the name `vendor_suite`, since `tests` is the checkout's package
 
 from functools import cache
 
-CHANNELS = {
-    "in_channels": 16,
-    "out_channels": 16,
-    "vace_in_channels": 96,
-}  # of a real Wan; the vendor's tests have less
+CHANNELS = {"in_channels": 16, "out_channels": 16, "vace_in_channels": 96}  # of a Wan; the vendor's tests have less
 INPUTS = {"hidden_states": "in_channels", "control_hidden_states": "vace_in_channels"}
 
 

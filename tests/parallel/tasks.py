@@ -12,7 +12,9 @@ from dax.parallel.admit import admitted
 from dax.parallel.sequence import Sequence
 from dax.parallel.topology import Layout
 from dax.parallel.ulysses import shared
-from dax.parallel.wire import DelayedWire, Wire, gather
+from dax.parallel.wire import Wire, gather
+from tests.parallel import slow_link
+from tests.parallel.slow_link import DelayedWire
 
 
 def attend_with(backend, q, k, v):
@@ -118,8 +120,7 @@ def schedule(H, chunks, attend_s, exchange_s, latency_s):
 
     exchange_s   of q, k, v or o, whole
     """
-    from dax.parallel import wire as module
-    from dax.parallel.planner import waits_s
+    from dax.parallel.cost import waits_s
     from dax.parallel.topology import chunk_sizes
 
     S, D, clock, inner = 32, 4, VirtualTime(), Wire(dist.group.WORLD)
@@ -131,7 +132,7 @@ def schedule(H, chunks, attend_s, exchange_s, latency_s):
         clock.sleep(attend_s * operands[0].shape[2] / heads)
         return operands[0]
 
-    with mock.patch.object(module, "time", clock):
+    with mock.patch.object(slow_link, "time", clock):
         wire = DelayedWire(inner, leaving / exchange_s, latency_s)
         sequence = sequence_of(wire, S, H, inner.ranks, 1)
         backend = shared(replace(backend_of("sdpa"), attend=attend), sequence, chunks)

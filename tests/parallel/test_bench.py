@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 
-from dax.bench.parallel import ONE, Way, bench, beside_one, line, off, ways
+from dax.bench.parallel import bench, wrong_in
+from dax.bench.parallel_ways import ONE, Way, beside_one, line, ways
 from dax.errors import DaxError
 from dax.facts import FACTS
 
@@ -45,9 +46,9 @@ def test_rows_beside_one_gpu():
 
 def test_what_is_off_is_told():
     floor = {"label": "tiny clip", "floor": 3e-3}
-    assert off({"ways": [{"label": "a", "error": 0.01}], "clip": [floor | {"error": 2e-3}], "link": [{}]}) is None
-    assert "a: error inf, limit 0.03" in off({"ways": [{"label": "a", "error": float("inf")}]})
-    assert "tiny clip: error 0.004, limit 0.003" in off({"clip": [floor | {"error": 4e-3}]})
+    assert wrong_in({"ways": [{"label": "a", "error": 0.01}], "clip": [floor | {"error": 2e-3}], "link": [{}]}) is None
+    assert "a: error inf, limit 0.03" in wrong_in({"ways": [{"label": "a", "error": float("inf")}]})
+    assert "tiny clip: error 0.004, limit 0.003" in wrong_in({"clip": [floor | {"error": 4e-3}]})
 
 
 def test_two_ranks_from_typing_to_record(tmp_path):

@@ -78,7 +78,7 @@ def test_what_auto_chooses_survives_in_a_compiled_block(two_ranks_on_paper):
     """From the plan to the generated code of Wan's own block: every chunk's exchange starts before the attention that
     hides it, and the last output is waited for after the last attention."""
     import dax
-    from dax.parallel.planner import Cluster, Link
+    from dax.parallel.cost import Cluster, Link
     from tests.parallel.tasks import build_pipe
 
     slow = Cluster(1e12, 1e9, 1e12, 1e12, 20, 2, Link(0.0, 1e9), Link(0.0, 1e9))  # attention hides all but the ends

@@ -7,7 +7,8 @@ import pytest
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.hardware import MACHINES
-from dax.parallel.planner import Link, Ranks, cluster_of, predict, predictions, resolve_parallel
+from dax.parallel.cost import Link, cluster_of, predict
+from dax.parallel.planner import Ranks, predictions, resolve_parallel
 from dax.parallel.topology import Topology, topologies
 from dax.plan import Parallel
 
@@ -25,7 +26,7 @@ def first(facts, count, cluster=H200, **options):
 def test_one_rank_takes_the_time_of_the_rates():
     alone = predict(WAN14, S, Topology(), H200)
     assert alone.speedup == 1 and alone.exchange_ms == alone.exposed_ms == alone.tax_ms == 0
-    assert alone.layer_ms == pytest.approx(156, abs=1)  # BASELINES: what the parts add up to on an H200
+    assert alone.layer_ms == pytest.approx(156, abs=1)  # what the parts add up to on an H200
 
 
 def test_branches_first_then_heads_inside_a_node():
@@ -87,7 +88,8 @@ def test_guidance_is_not_divided_when_its_branches_compute_different_steps():
 
 
 def test_explain_says_what_to_expect():
-    from dax.bench.explain import explain, text
+    from dax.bench.explain import explain
+    from dax.bench.explain_text import text
 
     result = explain("wan2.1-t2v-14b", None, [], (None,) * 3, None, "h200", gpus=16, per_node=8)
     own = result["ranks"][0]

@@ -1,0 +1,199 @@
+"""The ways to share the transformer's work that `dax bench parallel` times, each checked before it is.
+
+Every rank first times the whole model by itself: the baseline is the slower card. Then all ranks together time guidance
+and sequence parallelism, hidden and not, with both wires. A row's layer is what a block adds: the time with the blocks
+less the time without, over their number.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+
+from dax.bench import costs, report, rivals
+from dax.bench.forward import image_embeds, timesteps
+from dax.bench.model import build, pipeline
+from dax.bench.parallel_parts import Job, relative
+from dax.bench.ranks_clock import ROUNDS, RanksClock
+
+SAME = 0.03  # from what one GPU computes with the same kernels: bf16 of other shapes rounds otherwise
+COLUMNS = {
+    "label": "way",
+    "ms_per_layer": "ms/layer",
+    "speedup": "times one",
+    "predicted": "predicted",
+    "lost_ms": "lost ms",
+    "hidden_pct": "hidden %",
+    "video_s": "denoise s",
+    "error": "error",
+    "sm_mhz": "SM MHz",
+    "watts": "W",
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to share the work: a label, the plan's parallel part, and forwards that one call answers for."""
+
+    label: str
+    parallel: dict
+    branches: int = 1
+
+
+ONE = Way("one GPU, the slower", {})
+
+
+def ways(gpus: int, chunks: int, eight_bits: bool) -> list[Way]:
+    """What is timed on so many GPUs. `chunks` head chunks where the exchange is hidden."""
+    share = {"cfg": 1, "ulysses": gpus, "rows": 1, "vae": "none"}
+    found = [
+        Way(f"ulysses {gpus}, serial", share | {"overlap": 0, "wire": "plain"}),
+        Way(f"ulysses {gpus}, {chunks} head chunks", share | {"overlap": chunks, "wire": "plain"}),
+    ]
+    if eight_bits:
+        found.append(Way(f"ulysses {gpus}, serial, 8-bit wire", share | {"overlap": 0, "wire": "8bit"}))
+        found.append(
+            Way(f"ulysses {gpus}, {chunks} head chunks, 8-bit wire", share | {"overlap": chunks, "wire": "8bit"})
+        )
+    found.append(Way(f"rows {gpus}, {chunks} head chunks", share | {"ulysses": 1, "rows": gpus, "overlap": chunks}))
+    if gpus % 2 == 0:
+        half = {"cfg": 2, "ulysses": gpus // 2, "rows": 1, "vae": "none"}
+        found.append(Way("cfg 2" + f" x ulysses {gpus // 2}" * (gpus > 2), half, branches=2))
+    return found
+
+
+def one_rank(job: Job):
+    """(the model of random weights, a pipeline around a twin under the plan, the twin's engine)"""
+    transformer = build(job.facts, None, job.device, job.layers)
+    return transformer, *arranged(job.facts, transformer, job.plan, None)
+
+
+def way_rows(job: Job, clock: RanksClock, before) -> list[dict]:
+    """The rows of every way: first each result is checked, then all take turns. What is off is not timed."""
+    from torch import nn
+
+    transformer, alone, engine = before
+    tried = [ONE, *ways(job.gpus, job.chunks, engine.plan.attention.kernel == "int8")]
+    ready, errors, readings = {}, {}, {}
+    for way in tried:
+        pipe = alone if way is ONE else arranged(job.facts, transformer, job.plan, way.parallel)[0]
+        run = call_of(job.facts, job.pixels, pipe.transformer, job.device, way.branches)
+        output = run().float()
+        if way is ONE:
+            reference = output
+        errors[way.label] = clock.together(relative(output, reference))
+        wrong = not errors[way.label] <= SAME
+        clock.tell(f"{way.label}: error {errors[way.label]:.4f}" + f", limit {SAME}: not timed" * wrong)
+        if not wrong:
+            ready[way.label] = run, pipe.transformer
+    times = {label: [] for label in ready}
+    for turn in range(ROUNDS):
+        for label, (run, _) in ready.items():
+            ms, readings[label] = clock.sustained_ms(run)
+            times[label].append(ms)
+            clock.tell(f"round {turn + 1} of {ROUNDS}, {label}: {ms:.1f} ms a call")
+    rows = []
+    for way in tried:
+        row = {"label": way.label, "parallel": way.parallel, "error": errors[way.label]}
+        if way.label in ready:
+            run, model = ready[way.label]
+            blocks, model.blocks = model.blocks, nn.ModuleList()
+            around_ms, _ = clock.sustained_ms(run, share=0.1)
+            model.blocks = blocks
+            row |= line(way, median(times[way.label]), around_ms, job.layers, job.facts)
+            row |= asdict(readings[way.label]) | {"predicted": predicted(way, job, engine.plan)}
+        rows.append(row)
+    beside_one(rows, job.gpus)
+    for row in rows:
+        cells = (f"{name} {report.shown(row.get(key))}" for key, name in COLUMNS.items() if key != "label")
+        clock.tell(f"{row['label']}: {', '.join(cells)}")
+    return rows
+
+
+def auto_rows(job: Job, clock: RanksClock, before) -> list[dict]:
+    """What a plan that leaves sequence parallelism to `auto` comes to on these GPUs, measurements included."""
+    _, engine = arranged(job.facts, build(job.facts, None, job.device, 1), job.plan, {"cfg": 1})
+    rows = [{"label": note} for note in engine.notes if note.startswith("parallel")]
+    for row in rows:
+        clock.tell(row["label"])
+    return rows
+
+
+def arranged(facts, transformer, plan, parallel: dict | None):
+    """(a pipeline around a twin of the transformer under the plan, its engine)."""
+    import dax
+
+    pipe = pipeline([rivals.twin(transformer)], facts)
+    pipe._guidance_scale = facts.defaults.guidance_scale  # of a run: guidance is on
+    overrides = {"linear": {"keep_original": "none"}} | ({} if parallel is None else {"parallel": parallel})
+    return pipe, dax.optimize(pipe, plan, **overrides)  # nothing is undone, and the twins share their originals
+
+
+def call_of(facts, pixels: dict, model, device: str, branches: int) -> Callable:
+    """One forward, or with `branches` 2 one step's two, as the pipeline asks for them; returns the first's output."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def gaussian(*shape):
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    latents, text = gaussian(1, *facts.latent_shape(**pixels)), gaussian(1, facts.text_tokens, facts.text_dim)
+    images = image_embeds(facts, gaussian)
+    timestep = timesteps(facts, pixels, device)
+
+    def call():
+        outputs = []
+        for name in ("cond", "uncond")[:branches]:
+            with model.cache_context(name):
+                outputs.append(model(latents, timestep, text, images, return_dict=False)[0])
+        return outputs[0]
+
+    return call
+
+
+def line(way: Way, ms: float, around_ms: float, layers: int, facts) -> dict:
+    """The times of a row. `ms_per_layer` of a step's two branches where one call answers for both, else of one."""
+    layer_ms = (ms - around_ms) / layers
+    each = layer_ms / way.branches
+    return {
+        "ms_per_layer": layer_ms,
+        "layer_and_branch_ms": each,
+        "around_ms": around_ms,
+        "video_s": (each * facts.num_layers + around_ms / way.branches) * 2 * facts.defaults.steps / 1e3,
+    }
+
+
+def beside_one(rows: list[dict], gpus: int) -> None:
+    """Add what the rows are beside the first, one GPU. Rows that were not timed get nothing.
+
+    lost_ms      of a layer and branch, over an even share of one GPU's time
+    hidden_pct   of what the serial row with the same wire loses, the share that head chunks win back
+    """
+    timed = [row for row in rows if "ms_per_layer" in row]
+    serial = {}
+    for row in timed:
+        one, each, way = timed[0]["layer_and_branch_ms"], row["layer_and_branch_ms"], row["parallel"]
+        row["speedup"] = one / each
+        if not way:
+            continue
+        row["lost_ms"] = each - one / gpus
+        key = way["ulysses"], way["rows"], way.get("wire")
+        if way.get("overlap") == 0:
+            serial[key] = row["lost_ms"]
+        elif key in serial:
+            row["hidden_pct"] = 100 * (1 - row["lost_ms"] / serial[key])
+
+
+def predicted(way: Way, job: Job, plan) -> float | None:
+    """The planner's speed-up for a way under a resolved plan; None without a data sheet, and for one GPU."""
+    from dax.hardware import machine
+    from dax.parallel.cost import predict
+    from dax.parallel.topology import Topology
+
+    cluster = costs.cluster(plan, machine(job.device))
+    if cluster is None or way is ONE:
+        return None
+    parallel, tokens = way.parallel, job.facts.tokens(**job.pixels)
+    topology = Topology(parallel["cfg"], parallel["ulysses"], parallel["rows"])
+    wire_bytes = 1 if plan.attention.kernel == "int8" and parallel.get("wire") != "plain" else 2
+    return predict(job.facts, tokens, topology, cluster, parallel.get("overlap", 0), wire_bytes).speedup
