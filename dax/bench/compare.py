@@ -17,6 +17,7 @@ from dax.bench.compare_run import Runner, keys_of, versions
 from dax.bench.compare_variants import Arrangement, Split, arrangements, differences
 from dax.bench.judge import judge_clips
 from dax.bench.prompts import default_prompts, read_prompts
+from dax.bench.vmaf import vmaf_clips
 from dax.generate import run
 from dax.generate.request import check_memory, check_whole, make_request
 from dax.generate.steps import checkpoint_of, schedule
@@ -80,10 +81,10 @@ def compare(job: Job, log=lambda text: None, ready=lambda: None) -> tuple[Compar
     common = {"model": checked.digest, "device": here.name, "dtype": dtype_name, "versions": versions(here)}
     ready()
     runner = Runner(checked, here.device, dtype, job.strict, log)
-    cells, clips = run_all(runner, found, requests, job, common, log)
+    cells, clips, scored_by, not_scored = run_all(runner, found, requests, job, common, log)
     judged, not_judged = judge_clips(prompts, {each.name: clips[each.name] for each in found if each.role != "knob"})
     variants = [variant(each, found[0], cells, judged.get(each.name), checked.facts, here.device) for each in found]
-    not_measured = ["VMAF: it needs libvmaf, which no package of DAX brings", *([not_judged] if not_judged else [])]
+    not_measured = [why for why in (not_scored, not_judged) if why]
     shared = {key: value for key, value in asdict(requests[0]).items() if key not in ("prompt", "seed")}
     comparison = Comparison(
         schema_version=SCHEMA,
@@ -93,7 +94,7 @@ def compare(job: Job, log=lambda text: None, ready=lambda: None) -> tuple[Compar
         model_digest=checked.digest,
         device=here.name,
         dtype=dtype_name,
-        versions=versions(here),
+        versions=versions(here) | ({"VMAF": scored_by} if scored_by else {}),
         request=shared,
         prompts=prompts,
         seeds=[request.seed for request in requests],
@@ -106,7 +107,10 @@ def compare(job: Job, log=lambda text: None, ready=lambda: None) -> tuple[Compar
 
 
 def run_all(runner: Runner, found: list[Arrangement], requests: list, job: Job, common: dict, log):
-    """({name: its Cells}, {name: its clips}) of every arrangement; finished ones from the folder, the others run."""
+    """({name: its Cells}, {name: its clips}, what scored their VMAF, or why nothing did) of every arrangement.
+
+    Finished cells come from the folder, the others are run.
+    """
     store, exact = Cells(job.output / "cells"), found[0]
     chosen = {each.name: requests[: job.attribute] if each.role == "knob" else requests for each in found}
     keys = {each.name: keys_of(each, exact, chosen[each.name], common) for each in found}
@@ -116,8 +120,14 @@ def run_all(runner: Runner, found: list[Arrangement], requests: list, job: Job, 
         runner.warm_up(requests[0])
     for each in found:
         runner.run_missing(store, each, chosen[each.name], keys[each.name], keys[exact.name])
-    cells = {name: [store.read(key) for key in some] for name, some in keys.items()}
-    return cells, {name: [store.frames(key) for key in some] for name, some in keys.items()}
+    pairs = {key: reference for some in keys.values() for key, reference in zip(some, keys[exact.name])}
+    scores, scored_by, not_scored = vmaf_clips(store, pairs, log)
+    cells = {
+        name: [store.read(key).model_copy(update={"vmaf": scores.get(key)}) for key in some]
+        for name, some in keys.items()
+    }
+    clips = {name: [store.frames(key) for key in some] for name, some in keys.items()}
+    return cells, clips, scored_by, not_scored
 
 
 def variant(each: Arrangement, reference: Arrangement, cells: dict[str, list[Cell]], judge, facts, device) -> Variant:
@@ -147,7 +157,7 @@ def variant(each: Arrangement, reference: Arrangement, cells: dict[str, list[Cel
 
 def fidelity(cells: list[Cell]) -> Fidelity:
     """The figures of all prompts together."""
-    clips = [cell.psnr_db for cell in cells]
+    clips, scores = ([getattr(cell, figure) for cell in cells] for figure in ("psnr_db", "vmaf"))
     error = sum(cell.latent_error[-1] for cell in cells) / len(cells)
     frames = [
         Worst(prompt=cell.prompt, frame=frame, psnr_db=value)
@@ -164,6 +174,8 @@ def fidelity(cells: list[Cell]) -> Fidelity:
         cosine=sum(cell.cosine for cell in cells) / len(cells),
         worst_prompt=min(cells, key=lambda cell: cell.psnr_db).prompt,
         worst_frame=min(frames, key=lambda worst: worst.psnr_db),
+        vmaf=None if None in scores else sum(scores) / len(scores),
+        vmaf_p10=None if None in scores else quality.p10(scores),
     )
 
 

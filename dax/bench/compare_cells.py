@@ -41,6 +41,21 @@ class Cells:
 
         return np.load(self.path(key) / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
+    def figure(self, key: str, name: str, measure) -> float:
+        """A figure of a finished clip that is not in its cell: kept beside it under `name`, else measured and kept.
+
+        DaxError("cannot_write") if the disk refuses.
+        """
+        path = self.path(key) / "figures.json"
+        try:
+            kept = {str(name): float(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
+        except (OSError, ValueError, TypeError, AttributeError):  # none yet, or damaged: measured anew
+            kept = {}
+        if name not in kept:
+            kept[name] = measure()
+            write_atomically(path, json.dumps(kept).encode())
+        return kept[name]
+
     def write(self, key: str, cell: Cell, **arrays) -> None:
         """Keep a finished cell. DaxError("cannot_write") if the disk refuses; nothing half-written stays."""
         import numpy as np

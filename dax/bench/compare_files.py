@@ -62,13 +62,16 @@ def text(comparison: Comparison) -> str:
             "psnr": decibels(each.fidelity.psnr_db, ""),
             "p10": decibels(each.fidelity.psnr_p10_db, ""),
             "ssim": each.fidelity.ssim,
+            "vmaf": each.fidelity.vmaf,
+            "vmaf_p10": each.fidelity.vmaf_p10,
             "error": each.fidelity.latent_error,
             "judge": each.judge["all"] if each.judge else None,
         }
         for each in comparison.variants
     ]
+    scored = {"vmaf": "VMAF", "vmaf_p10": "VMAF p10"} if comparison.scored else {}
     columns = {
         "plan": "plan", "denoise": "denoise s", "forwards": "forwards", "work": "work", "psnr": "PSNR dB", "p10": "p10",
-        "ssim": "SSIM", "error": "latent error", "judge": "judge %",
+        "ssim": "SSIM", **scored, "error": "latent error", "judge": "judge %",
     }  # fmt: skip
     return table(rows, columns)

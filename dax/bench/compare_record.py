@@ -18,6 +18,7 @@ class Cell(Entry):
 
     latent_error   relative L2 of the latents after every step;  cosine  of the last ones
     seconds, peak_gib   by stage: text, denoise, decode
+    vmaf   mean over the frames, None unless every clip of the comparison has one (dax/bench/vmaf.py)
     """
 
     prompt: int
@@ -30,6 +31,7 @@ class Cell(Entry):
     computed: dict[str, int]
     seconds: dict[str, float]
     peak_gib: dict[str, float | None]
+    vmaf: float | None = None
 
 
 class Worst(Entry):
@@ -41,7 +43,9 @@ class Worst(Entry):
 
 
 class Fidelity(Entry):
-    """Over all prompts. `psnr_p10_db` is what nine clips of ten do better than; `worst_prompt` has the lowest PSNR."""
+    """Over all prompts. `psnr_p10_db` and `vmaf_p10` are what nine clips of ten do better than; `worst_prompt` has the
+    lowest PSNR.
+    """
 
     psnr_db: float
     psnr_p10_db: float
@@ -52,6 +56,8 @@ class Fidelity(Entry):
     cosine: float
     worst_prompt: int
     worst_frame: Worst
+    vmaf: float | None = None
+    vmaf_p10: float | None = None
 
 
 class Variant(Entry):
@@ -134,6 +140,11 @@ class Comparison(Entry):
     @property
     def noise(self) -> Variant:
         return next(variant for variant in self.variants if variant.role == "floor")
+
+    @property
+    def scored(self) -> bool:
+        """Whether there is a VMAF: of all clips or of none."""
+        return self.reference.fidelity.vmaf is not None
 
     def shown(self) -> list[Variant]:
         """The reference and the plans asked for, in order."""

@@ -32,7 +32,7 @@ def curves(
     """
     every = [value for each in series for value in each.values] + (band[0] + band[1] if band else [])
     every = [value for value in every if value > 0 or not log]
-    if not every:
+    if not series or not every:
         return ""
     low, high, ticks = log_axis(min(every), max(every)) if log else linear_axis(min(every), max(every))
     count = max(len(each.values) for each in series)
