@@ -1,6 +1,7 @@
 """The one rule of the house: imports point down, and the front door needs neither torch nor diffusers."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,20 @@ def test_imports_point_down(path, module):
 )
 def test_a_wrong_import_is_seen(source, module):
     assert len(violations(source, module)) == 1
+
+
+def test_the_page_lists_every_file():
+    """docs/structure.md: a line begins with a file, and may name others of its folder after semicolons."""
+    listed = set()
+    for line in (PACKAGE.parent / "docs" / "structure.md").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"    dax/((?:\w+/)*)(\w+\.py) ", line):
+            listed |= {found[1] + name for name in (found[2], *re.findall(r";  (\w+\.py)  ", line))}
+    there = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
+    named = {
+        name for name in there if not name.endswith(("__init__.py", "__main__.py")) and not name.startswith("cli/")
+    }
+    assert named - listed == set(), "not on the page"
+    assert listed - there == set(), "on the page alone"
 
 
 def test_front_door_needs_no_torch():
