@@ -51,6 +51,7 @@ class Machine:
 
 
 def card(name: str, sm: int, memory_gib: float, bandwidth_tbs: float, **peak_tflops: float) -> Machine:
+    """A data sheet."""
     return Machine("cuda", name, sm, memory_gib, peak_tflops, bandwidth_tbs)
 
 

@@ -84,6 +84,7 @@ class Turns:
             event.record()
 
     def before_block(self, expert: int, i: int, *_) -> None:
+        """A hook: the block's weights are there when it runs, and those of all that follow are on their way."""
         if self.resident[i] != expert:
             for later in range(i, len(self.resident)):
                 self.bring(expert, later)
@@ -92,6 +93,7 @@ class Turns:
             self.arrived[i] = None
 
     def after_block(self, expert: int, i: int, *_) -> None:
+        """A hook: in an expert's last forward a block that has run makes room."""
         if self.leaving:
             self.bring(1 - expert, i)
 
@@ -106,11 +108,12 @@ class Turns:
                 self.branch = None
 
     def before_forward(self, expert: int, transformer, args, kwargs) -> None:
+        """A hook: whether this forward is the expert's last, so far as the pipeline announces what it does."""
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         self.leaving = self.branch is not None and timestep is not None and self.is_last(expert, timestep)
 
     def after_forward(self, expert: int, *_) -> None:
-        """Blocks that did not run, because the step was predicted or another rank's, are brought now."""
+        """A hook: blocks that did not run, because the step was predicted or another rank's, are brought now."""
         if self.leaving:
             for i in range(len(self.resident)):
                 self.bring(1 - expert, i)
@@ -177,6 +180,7 @@ def apply_turns(target, position: Callable, edits: Edits) -> int:
 
 
 def tensors_of(module) -> list[torch.Tensor]:
+    """All that moves with a module."""
     return [*module.parameters(), *module.buffers()]
 
 

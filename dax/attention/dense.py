@@ -22,18 +22,19 @@ def sdpa(q, k, v, scale=None):
     of its own: two names of one kernel could not be held against each other.
     """
     if not q.is_cuda:
-        return chosen(q, k, v, scale)
+        return scaled_dot_product(q, k, v, scale)
     with sdpa_kernel(TORCHS_OWN):
-        return chosen(q, k, v, scale)
+        return scaled_dot_product(q, k, v, scale)
 
 
 def cudnn(q, k, v, scale=None):
     """cuDNN's fused attention, and nothing else: torch raises where cuDNN does not take the shape."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return chosen(q, k, v, scale)
+        return scaled_dot_product(q, k, v, scale)
 
 
-def chosen(q, k, v, scale):
+def scaled_dot_product(q, k, v, scale):
+    """torch's, on [B, S, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 

@@ -34,6 +34,7 @@ class Run:
         self.fresh.clear()
 
     def done(self) -> bool:
+        """Whether every branch seen so far has its velocity of the last step."""
         return self.step == self.plan.steps - 1 and self.branches <= set(self.outputs) and bool(self.branches)
 
 

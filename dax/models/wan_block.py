@@ -85,6 +85,7 @@ def share_codes(layers: list) -> bool:
 
 
 def takes_codes(layer) -> bool:
+    """Whether a layer multiplies 8-bit activations, with no adapter around it."""
     return type(layer) is QuantLinear and layer.activation is not None
 
 
@@ -169,6 +170,8 @@ def join(layers: list, edits: Edits) -> None:
 
 
 def lay_out(tensors: list, edits: Edits) -> None:
+    """Let tensors lie one behind the other in one new storage; undone, each has its own again."""
+
     def together():
         whole = torch.cat([tensor.data for tensor in tensors])
         for tensor, part in zip(tensors, whole.split([len(tensor) for tensor in tensors])):
@@ -199,6 +202,7 @@ def apply_blocks(target, edits: Edits) -> int:
 
 
 def forward_of(block):
+    """The fused forward for a block's kind."""
     return control_forward if hasattr(block, "proj_in") else block_forward
 
 

@@ -194,6 +194,7 @@ class Watch:
         self.thread.start()
 
     def look(self) -> None:
+        """What the thread does, until a rank is lost or `stop`."""
         while not self.over.wait(self.interval_s):
             self.verdict = self.judged()
             if self.verdict:
@@ -217,6 +218,7 @@ class Watch:
         return rank, f"hangs: no progress for {time.monotonic() - entry.at:.0f} s during {entry.stage}"
 
     def stop(self) -> None:
+        """This process's ranks are done: tell the other machines so, and look no more."""
         self.over.set()
         self.thread.join()
         if self.nodes:
