@@ -89,6 +89,13 @@ def test_what_each_setting_would_buy_is_what_the_plan_with_it_is_expected_to_tak
     assert fast["none"]["times"] < 1 and 0.4 not in fast, "36 of 100 are computed already"
 
 
+def test_a_table_that_takes_weights_to_know_is_counted_as_none_and_says_so():
+    result = ask(sets=["cache.policy=teacache"])
+    assert result["step_cache"] is None and result["video"]["forwards"] == 100
+    assert "counted as if all were computed" in text(result)
+    assert "counted as if" not in text(ask()) + text(ask(plan="fast"))
+
+
 def test_compiling_moves_fewer_bytes_and_the_same_flops():
     eager, compiled = ask(sets=["blocks.fused=false"]), ask(sets=["compile=blocks"])
     paper = lambda result: [{key: part[key] for key in part if key != "ms_expected"} for part in result["parts"]]

@@ -66,7 +66,8 @@ def schedule_lines(result: dict) -> list[str]:
     cached = result["step_cache"]
     if cached is None:
         unknown = result["plan"]["cache.policy"]["value"] != "none"
-        return ["  steps: the time embedding decides, so it takes weights to know them"] if unknown else []
+        said = "the time embedding decides, so it takes weights to know them; counted as if all were computed"
+        return [f"  steps: {said}"] if unknown else []
     total = 2 * len(cached["cond"])
     lines = [f"  steps: {cached['made_by']}: {sum(cached['computed'].values())} of {total} forwards are computed"]
     return lines + [f"    {branch:6} {cached[branch]}  {count}" for branch, count in cached["computed"].items()]
