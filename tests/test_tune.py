@@ -12,9 +12,10 @@ from dax.generate.run import generate
 from dax.plan import Plan
 from dax.provenance import read_measured
 from dax.tune import sensitivity
+from dax.tune.job import Job
 from dax.tune.knobs import even_mask
-from dax.tune.run import Job, tune
-from dax.tune.search import Option, begin, climb
+from dax.tune.run import tune
+from dax.tune.search import Option, begin, climb, refine
 
 NOISE = {"attention": {"int8": 4e-5}, "linear": {"int8": 2e-4}, "cache": {"50": 3e-4, "40": 1e-3, "25": 8e-3}}
 WORK = {"attention": {"int8": 0.72}, "linear": {"int8": 0.91}, "cache": {"50": 0.5, "40": 0.4, "25": 0.25}}
@@ -49,6 +50,10 @@ class World:
         search = begin(self.knobs, lambda option: (self.psnr([option]), self.psnr([option]) - 1), self.cost)
         return search, climb(search, target, self.measure, max_runs)
 
+    def refine(self, limit: float, max_runs: int = 12):
+        search = begin(self.knobs, lambda option: (self.psnr([option]), self.psnr([option]) - 1), self.cost)
+        return search, refine(search, limit, self.measure, max_runs)
+
     def truth(self, target: float) -> float:
         """The least cost of any combination that holds the target, by brute force."""
         search = begin(self.knobs, lambda option: (self.psnr([option]),) * 2, self.cost)
@@ -63,6 +68,38 @@ def test_it_finds_the_cheapest_that_holds_in_few_runs(together, target):
     assert found.holds(target) and world.psnr(found.options) >= target
     assert world.cost(found.options) == pytest.approx(world.truth(target))
     assert len(world.ran) == len(set(world.ran)) <= 9 < len(search.points)
+
+
+@pytest.mark.parametrize("together", [1.0, 2.5])
+@pytest.mark.parametrize("limit", [0.2, 0.3, 0.4, 0.5, 0.95])
+def test_it_finds_the_truest_within_a_cost_in_few_runs(together, limit):
+    world = World(together)
+    search, found = world.refine(limit)
+    within = [options for options in search.points if world.cost(options) <= limit]
+    assert found.cost <= limit and world.psnr(found.options) == max(world.psnr(options) for options in within)
+    assert len(world.ran) == len(set(world.ran)) < len(within) or len(within) == 1
+    assert World().refine(0.1) == (World().refine(0.1)[0], None)
+
+
+def test_a_fidelity_within_a_cost_runs_nothing_that_costs_more():
+    world = World()
+    search = begin(world.knobs, lambda option: (world.psnr([option]),) * 2, world.cost)
+    assert climb(search, 28.0, world.measure, 12, limit=0.3) is not None
+    assert climb(search, 35.0, world.measure, 12, limit=0.3) is None
+    assert all(world.cost(options) <= 0.3 for options in world.ran)
+
+
+def test_combinations_that_cannot_be_had_are_left_out():
+    world = World()
+
+    def cost(options):
+        names = {option.name for option in options}
+        return None if {"linear int8", "cache 25"} <= names or "cache 50" in names else world.cost(options)
+
+    search = begin(world.knobs, lambda option: (world.psnr([option]),) * 2, cost)
+    names = [{option.name for option in options} for options in search.points]
+    assert any("cache 25" in each for each in names) and any("linear int8" in each for each in names)
+    assert not any({"linear int8", "cache 25"} <= each or "cache 50" in each for each in names)
 
 
 def test_interaction_is_learnt_not_assumed_away():
