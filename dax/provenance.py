@@ -89,7 +89,7 @@ def save(path: "str | Path", plan: Plan, measured: Measured) -> None:
     """Write plan and measurement as one YAML file. DaxError("cannot_write") if the path refuses."""
     import yaml
 
-    text = plan.to_yaml() + yaml.safe_dump({KEY: measured.model_dump()}, sort_keys=False)
+    text = plan.to_yaml() + yaml.safe_dump({KEY: measured.model_dump(exclude_none=True)}, sort_keys=False)
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:

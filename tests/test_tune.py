@@ -207,10 +207,42 @@ def test_the_plan_found_is_cheaper_holds_on_held_out_prompts_and_says_so(job, tu
 
 
 def test_an_unreachable_target_shows_the_best_and_writes_nothing(job, tuned):
-    other = replace(job, min_psnr=99.0, output=job.output.with_name("none.yaml"), overwrite=True)
-    with pytest.raises(DaxError, match="nothing cheaper than exact holds it; .*nothing was written") as refusal:
-        tune(replace(other, output=job.output.with_name("plan.yml")))  # beside plan.cells: nothing runs twice
+    with pytest.raises(
+        DaxError, match="nothing cheaper than exact holds it; the closest .*nothing was written"
+    ) as refusal:
+        tune(beside(job, min_psnr=99.0))
     assert refusal.value.exit_code == 8 and not job.output.with_name("plan.yml").exists()
+
+
+def beside(job, **changes):
+    """The same job to another file beside plan.cells: nothing runs twice."""
+    return replace(job, output=job.output.with_name("plan.yml"), overwrite=True, **changes)
+
+
+def test_the_truest_plan_within_a_time_and_what_presets_do(job, tuned):
+    exact_s = tuned.measured.seconds / tuned.measured.cost
+    found = tune(beside(job, min_psnr=None, max_seconds=0.7 * exact_s, presets=True))
+    within = [point for point in found.search.points.values() if point.cost <= 0.7]
+    assert found.point.cost <= 0.7 and found.measured.seconds <= 0.7 * exact_s + 1e-3
+    assert found.point.held_db >= max(point.held_db for point in within)
+    assert found.presets["exact"] == {"cost": 1, "psnr_db": 100, "p10_db": 100, "holds": True}
+    assert set(found.presets) == {"exact", "balanced"}, "fast has no calibration for five steps"
+    assert found.speedup == pytest.approx(
+        min(p["cost"] for p in found.presets.values() if p["holds"]) / found.point.cost
+    )
+
+
+def test_what_cannot_be_held_in_that_time_shows_the_closest_and_writes_nothing(job, tuned):
+    job.output.with_name("plan.yml").unlink(missing_ok=True)
+    exact_s = tuned.measured.seconds / tuned.measured.cost
+    for wanted, says in (
+        ({"min_psnr": 90.0, "max_seconds": 0.7 * exact_s}, "nothing within that time holds it; the closest was .* dB"),
+        ({"min_psnr": None, "max_seconds": 1e-3 * exact_s}, "no combination is so fast; the fastest, .* takes"),
+        ({"min_psnr": None, "max_seconds": 2 * exact_s}, "exact itself takes"),
+    ):
+        with pytest.raises(DaxError, match=f"--max-seconds .*{says}.*nothing was written") as refusal:
+            tune(beside(job, **wanted))
+        assert refusal.value.exit_code == 8 and not job.output.with_name("plan.yml").exists()
 
 
 def test_bad_input_is_refused_before_anything_runs(job, tuned, monkeypatch):
@@ -220,6 +252,8 @@ def test_bad_input_is_refused_before_anything_runs(job, tuned, monkeypatch):
         ({"output": job.output.with_name("plan.txt")}, "ends in .yaml"),
         ({"output": job.output.parent / "no" / "plan.yaml"}, "there is no folder"),
         ({"min_psnr": float("nan"), "overwrite": True}, "min_psnr"),
+        ({"min_psnr": None, "max_seconds": -1.0, "overwrite": True}, "max_seconds"),
+        ({"min_psnr": None, "overwrite": True}, "--min-psnr DB, --max-seconds S or both"),
         ({"held_out": job.prompts, "overwrite": True}, "held-out prompts must be others"),
     ):
         with pytest.raises(DaxError, match=says):

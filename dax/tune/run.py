@@ -47,7 +47,7 @@ class Tuned:
     def speedup(self) -> float | None:
         """Work of the cheapest preset that holds the same, over the plan's."""
         holding = [preset["cost"] for preset in self.presets.values() if preset["holds"]]
-        return min(holding) / self.measured.cost if holding else None
+        return min(holding) / self.point.cost if holding else None
 
 
 def tune(job: Job, log=lambda text: None) -> Tuned:
@@ -171,10 +171,11 @@ def measure_presets(bench: Bench, target: float, log) -> dict[str, dict]:
     for name in PRESETS:
         try:
             each = bench.arrange(name, Plan.load(name))
+            cost = bench.cost(each)
         except DaxError as error:
             log(f"left out: {name}: {error}")
             continue
         psnr_db, p10_db = bench.psnr(each, bench.held_out)
         holds = held(psnr_db, p10_db) >= target
-        found[name] = {"cost": bench.cost(each), "psnr_db": psnr_db, "p10_db": p10_db, "holds": holds}
+        found[name] = {"cost": cost, "psnr_db": psnr_db, "p10_db": p10_db, "holds": holds}
     return found
