@@ -110,6 +110,23 @@ def test_interaction_is_learnt_not_assumed_away():
     assert search.bias() < -3
 
 
+def test_one_bad_pair_does_not_end_the_search():
+    """8-bit linears and a sparse step plan ruin each other and were tried first; the pair without them is still run."""
+    world = World()
+    friendly, ruined = world.psnr, {"linear int8", "cache 25"}
+    world.psnr = lambda options: friendly(options) - 12 * (ruined <= {option.name for option in options})
+    search, found = world.tune(20.0)
+    assert ruined <= {option.name for option in world.ran[0]} and found.name == "attention int8 + cache 25"
+
+
+def test_a_whole_run_of_one_option_corrects_what_few_prompts_said():
+    world = World()
+    search = begin(world.knobs, lambda option: (world.psnr([option]) + 5, 99.0), world.cost)
+    found = climb(search, 28.0, world.measure, 12)
+    corrected = [option for option, db in search.alone.items() if option.values and db == world.psnr([option])]
+    assert found.holds(28.0) and len(corrected) == sum(len([o for o in each if o.values]) == 1 for each in world.ran)
+
+
 def test_an_option_that_another_beats_is_not_combined():
     noise = {**NOISE, "cache": {**NOISE["cache"], "bad": 9e-3}}
     WORK["cache"]["bad"] = 0.45

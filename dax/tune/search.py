@@ -51,6 +51,10 @@ class Point:
     def holds(self, target: float) -> bool:
         return self.held_db >= target
 
+    def within(self, other: "Point") -> bool:
+        """Whether `other` does all that this does, and more."""
+        return all(mine == its or not mine.values for mine, its in zip(self.options, other.options))
+
 
 def held(psnr_db: float, p10_db: float) -> float:
     """The highest target a plan holds: its mean is at the target or above, its p10 no more than SLACK_DB under."""
@@ -74,6 +78,11 @@ class Search:
         ]
         return sum(found) / len(found) if found else 0.0
 
+    def hope(self, point: Point) -> float:
+        """dB it may hold at best: the bias may be another combination's, but none holds more than a part of it did."""
+        parts = [other.held_db for other in self.points.values() if other.psnr_db is not None and other.within(point)]
+        return min([max(point.predicted_db, added_up(point.options, self.alone)), *parts])
+
     def predicted(self) -> list[Point]:
         """Every point with its prediction as of now, the cheapest first."""
         bias = self.bias()
@@ -95,10 +104,12 @@ class Search:
         return max(fit, key=lambda point: (point.held_db, -point.cost), default=None)
 
     def run(self, point: Point, measure: Callable) -> None:
-        """A whole run of a point, kept. What exact computes needs none."""
-        changes = any(option.values for option in point.options)
-        psnr_db, p10_db = measure(point.options) if changes else (CAP_DB, CAP_DB)
+        """A whole run of a point, kept; of a single option it replaces what a few prompts said. exact needs no run."""
+        changed = [option for option in point.options if option.values]
+        psnr_db, p10_db = measure(point.options) if changed else (CAP_DB, CAP_DB)
         self.points[point.options] = replace(point, psnr_db=psnr_db, p10_db=p10_db)
+        if len(changed) == 1:
+            self.alone[changed[0]] = held(psnr_db, p10_db)
         self.runs += 1
 
     def front(self) -> list[Point]:
@@ -152,17 +163,17 @@ def climb(search: Search, target: float, measure: Callable, max_runs: int, limit
     `max_runs` allow; that point.
 
     measure   tuple of Options -> (mean PSNR, p10) in dB
-    First the cheapest that is predicted to hold. Then cheaper ones that are predicted to come close, the nearest first.
+    First the cheapest that is predicted to hold. Then cheaper ones that may come close, the most hopeful first.
     """
     while search.runs < max_runs:
         best = search.cheapest(target, limit)
         unrun = [point for point in search.predicted() if point.psnr_db is None and point.cost <= limit]
         cheaper = [point for point in unrun if best is None or point.cost < best.cost]
         likely = [point for point in cheaper if point.predicted_db >= target]
-        close = [point for point in cheaper if point.predicted_db >= target - CURIOUS_DB]
+        close = [point for point in cheaper if search.hope(point) >= target - CURIOUS_DB]
         if not (likely or (best and close)):
             break
-        search.run(likely[0] if likely else max(close, key=lambda point: point.predicted_db), measure)
+        search.run(likely[0] if likely else max(close, key=search.hope), measure)
     return search.cheapest(target, limit)
 
 
