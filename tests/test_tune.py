@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +16,7 @@ from dax.provenance import read_measured
 from dax.tune import sensitivity
 from dax.tune.job import Job
 from dax.tune.knobs import even_mask
-from dax.tune.run import tune
+from dax.tune.run import settle, tune
 from dax.tune.search import Option, begin, climb, refine
 
 NOISE = {"attention": {"int8": 4e-5}, "linear": {"int8": 2e-4}, "cache": {"50": 3e-4, "40": 1e-3, "25": 8e-3}}
@@ -143,6 +145,21 @@ def test_a_target_nothing_holds_leaves_exact_alone_and_p10_counts():
     world.measure = lambda options: (world.psnr(options), world.psnr(options) - 4)
     _, found = world.tune(28.0)
     assert found.psnr_db >= 29.0 and found.p10_db >= 25.0
+
+
+def test_a_plan_that_loses_a_held_out_prompt_gives_way_to_the_next_not_to_a_far_better_one():
+    world = World()
+    search = begin(world.knobs, lambda option: (world.psnr([option]),) * 2, world.cost)
+    first = climb(search, 28.0, world.measure, 12)
+
+    def psnr(options, requests):
+        mean, p10 = world.measure(options)
+        return (mean, p10 - 20) if requests == "held-out" and options == first.options else (mean, p10)
+
+    bench = SimpleNamespace(psnr=psnr, requests="calibration", held_out="held-out")
+    found, _, psnr_db, _ = settle(bench, search, lambda each: each, Job(28.0, Path("a.yaml"), {}), 1.0, print)
+    truth = sorted(world.cost(each) for each in search.points if world.psnr(each) > first.psnr_db)
+    assert psnr_db >= 28 and found.options != first.options and found.cost == pytest.approx(truth[0], rel=0.5)
 
 
 def test_the_front_only_rises():

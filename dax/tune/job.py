@@ -45,7 +45,7 @@ class Job:
 def check(job: Job) -> None:
     """DaxError("bad_request") for what cannot be asked, ("cannot_write") where no plan could be written at the end."""
     if job.min_psnr is None and job.max_seconds is None:
-        raise DaxError("bad_request", "dax tune: say what must hold: --min-psnr DB, --max-seconds S or both")
+        raise DaxError("bad_request", "say what must hold: --min-psnr DB, --max-seconds S or both")
     if job.min_psnr is not None:
         check_real("min_psnr", job.min_psnr, 0, quality.CAP_DB)
     if job.max_seconds is not None:

@@ -23,6 +23,7 @@ from dax.tune.measure import Bench
 from dax.tune.search import Option, Point, Search, begin, climb, held, refine
 
 VERIFIED = 3  # plans that may be tried on the held-out prompts
+RAISE_DB = 3.0  # at most, from one try to the next: a p10 says how bad the worst are, not how much better all must be
 PRESETS = ("exact", "balanced", "fast")
 CHECKED = ("height", "width", "num_frames", "steps", "guidance_scale", "flow_shift", "negative_prompt")
 
@@ -123,8 +124,8 @@ def tune(job: Job, log=lambda text: None) -> Tuned:
 def settle(bench: Bench, search: Search, arrangement, job: Job, exact_s: float, log) -> tuple:
     """(the point that also holds on the held-out prompts, its arrangement, mean PSNR and p10 there).
 
-    With a fidelity the cheapest that holds it, within the time if there is one; a point that falls short on the
-    held-out prompts raises the target of the next search by what was missing. With a time alone, the truest within it.
+    With a fidelity the cheapest that holds it, within the time if there is one. Where one falls short on the held-out
+    prompts, the next must hold more than it did on the calibration prompts. With a time alone, the truest within it.
     """
     limit = math.inf if job.max_seconds is None else job.max_seconds / exact_s
     target = job.min_psnr
@@ -146,7 +147,7 @@ def settle(bench: Bench, search: Search, arrangement, job: Job, exact_s: float, 
             return found, each, psnr_db, p10_db
         short = job.min_psnr - holds
         log(f"{psnr_db:.1f} dB (p10 {p10_db:.1f}) on the held-out prompts: {short:.1f} dB short")
-        target = min(target + short, quality.CAP_DB)
+        target = min(found.held_db + min(short, RAISE_DB), quality.CAP_DB)
     raise DaxError("check_failed", f"{job.wanted}: {closest(search, limit, exact_s, whole)}; nothing was written")
 
 
