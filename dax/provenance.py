@@ -24,6 +24,8 @@ class Measured(BaseModel):
 
     computes   the resolved plan's keys that decide what is computed
     cost       of the plan as a share of exact's, by the table that `cost_of` names
+    seconds    of the denoising loop: cost x what exact's took there, so not what references on a CPU take; None in
+               files of before this was said
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -34,6 +36,7 @@ class Measured(BaseModel):
     prompts: int
     cost: float
     cost_of: str
+    seconds: float | None = None
     model: str
     model_digest: str
     device: str
@@ -86,7 +89,7 @@ def save(path: "str | Path", plan: Plan, measured: Measured) -> None:
     """Write plan and measurement as one YAML file. DaxError("cannot_write") if the path refuses."""
     import yaml
 
-    text = plan.to_yaml() + yaml.safe_dump({KEY: measured.model_dump()}, sort_keys=False)
+    text = plan.to_yaml() + yaml.safe_dump({KEY: measured.model_dump(exclude_none=True)}, sort_keys=False)
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:

@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,9 +14,10 @@ from dax.generate.run import generate
 from dax.plan import Plan
 from dax.provenance import read_measured
 from dax.tune import sensitivity
+from dax.tune.job import Job
 from dax.tune.knobs import even_mask
-from dax.tune.run import Job, tune
-from dax.tune.search import Option, begin, climb
+from dax.tune.run import settle, tune
+from dax.tune.search import Option, begin, climb, refine
 
 NOISE = {"attention": {"int8": 4e-5}, "linear": {"int8": 2e-4}, "cache": {"50": 3e-4, "40": 1e-3, "25": 8e-3}}
 WORK = {"attention": {"int8": 0.72}, "linear": {"int8": 0.91}, "cache": {"50": 0.5, "40": 0.4, "25": 0.25}}
@@ -49,6 +52,10 @@ class World:
         search = begin(self.knobs, lambda option: (self.psnr([option]), self.psnr([option]) - 1), self.cost)
         return search, climb(search, target, self.measure, max_runs)
 
+    def refine(self, limit: float, max_runs: int = 12):
+        search = begin(self.knobs, lambda option: (self.psnr([option]), self.psnr([option]) - 1), self.cost)
+        return search, refine(search, limit, self.measure, max_runs)
+
     def truth(self, target: float) -> float:
         """The least cost of any combination that holds the target, by brute force."""
         search = begin(self.knobs, lambda option: (self.psnr([option]),) * 2, self.cost)
@@ -65,12 +72,61 @@ def test_it_finds_the_cheapest_that_holds_in_few_runs(together, target):
     assert len(world.ran) == len(set(world.ran)) <= 9 < len(search.points)
 
 
+@pytest.mark.parametrize("together", [1.0, 2.5])
+@pytest.mark.parametrize("limit", [0.2, 0.3, 0.4, 0.5, 0.95])
+def test_it_finds_the_truest_within_a_cost_in_few_runs(together, limit):
+    world = World(together)
+    search, found = world.refine(limit)
+    within = [options for options in search.points if world.cost(options) <= limit]
+    assert found.cost <= limit and world.psnr(found.options) == max(world.psnr(options) for options in within)
+    assert len(world.ran) == len(set(world.ran)) < len(within) or len(within) == 1
+    assert World().refine(0.1) == (World().refine(0.1)[0], None)
+
+
+def test_a_fidelity_within_a_cost_runs_nothing_that_costs_more():
+    world = World()
+    search = begin(world.knobs, lambda option: (world.psnr([option]),) * 2, world.cost)
+    assert climb(search, 28.0, world.measure, 12, limit=0.3) is not None
+    assert climb(search, 35.0, world.measure, 12, limit=0.3) is None
+    assert all(world.cost(options) <= 0.3 for options in world.ran)
+
+
+def test_combinations_that_cannot_be_had_are_left_out():
+    world = World()
+
+    def cost(options):
+        names = {option.name for option in options}
+        return None if {"linear int8", "cache 25"} <= names or "cache 50" in names else world.cost(options)
+
+    search = begin(world.knobs, lambda option: (world.psnr([option]),) * 2, cost)
+    names = [{option.name for option in options} for options in search.points]
+    assert any("cache 25" in each for each in names) and any("linear int8" in each for each in names)
+    assert not any({"linear int8", "cache 25"} <= each or "cache 50" in each for each in names)
+
+
 def test_interaction_is_learnt_not_assumed_away():
     world = World(together=4.0)
     search, found = world.tune(30.0)
     assert found.holds(30.0)
     assert any(not point.holds(30.0) for point in search.points.values() if point.psnr_db)
     assert search.bias() < -3
+
+
+def test_one_bad_pair_does_not_end_the_search():
+    """8-bit linears and a sparse step plan ruin each other and were tried first; the pair without them is still run."""
+    world = World()
+    friendly, ruined = world.psnr, {"linear int8", "cache 25"}
+    world.psnr = lambda options: friendly(options) - 12 * (ruined <= {option.name for option in options})
+    search, found = world.tune(20.0)
+    assert ruined <= {option.name for option in world.ran[0]} and found.name == "attention int8 + cache 25"
+
+
+def test_a_whole_run_of_one_option_corrects_what_few_prompts_said():
+    world = World()
+    search = begin(world.knobs, lambda option: (world.psnr([option]) + 5, 99.0), world.cost)
+    found = climb(search, 28.0, world.measure, 12)
+    corrected = [option for option, db in search.alone.items() if option.values and db == world.psnr([option])]
+    assert found.holds(28.0) and len(corrected) == sum(len([o for o in each if o.values]) == 1 for each in world.ran)
 
 
 def test_an_option_that_another_beats_is_not_combined():
@@ -89,6 +145,21 @@ def test_a_target_nothing_holds_leaves_exact_alone_and_p10_counts():
     world.measure = lambda options: (world.psnr(options), world.psnr(options) - 4)
     _, found = world.tune(28.0)
     assert found.psnr_db >= 29.0 and found.p10_db >= 25.0
+
+
+def test_a_plan_that_loses_a_held_out_prompt_gives_way_to_the_next_not_to_a_far_better_one():
+    world = World()
+    search = begin(world.knobs, lambda option: (world.psnr([option]),) * 2, world.cost)
+    first = climb(search, 28.0, world.measure, 12)
+
+    def psnr(options, requests):
+        mean, p10 = world.measure(options)
+        return (mean, p10 - 20) if requests == "held-out" and options == first.options else (mean, p10)
+
+    bench = SimpleNamespace(psnr=psnr, requests="calibration", held_out="held-out")
+    found, _, psnr_db, _ = settle(bench, search, lambda each: each, Job(28.0, Path("a.yaml"), {}), 1.0, print)
+    truth = sorted(world.cost(each) for each in search.points if world.psnr(each) > first.psnr_db)
+    assert psnr_db >= 28 and found.options != first.options and found.cost == pytest.approx(truth[0], rel=0.5)
 
 
 def test_the_front_only_rises():
@@ -170,10 +241,42 @@ def test_the_plan_found_is_cheaper_holds_on_held_out_prompts_and_says_so(job, tu
 
 
 def test_an_unreachable_target_shows_the_best_and_writes_nothing(job, tuned):
-    other = replace(job, min_psnr=99.0, output=job.output.with_name("none.yaml"), overwrite=True)
-    with pytest.raises(DaxError, match="nothing cheaper than exact holds it; .*nothing was written") as refusal:
-        tune(replace(other, output=job.output.with_name("plan.yml")))  # beside plan.cells: nothing runs twice
+    with pytest.raises(
+        DaxError, match="nothing cheaper than exact holds it; the closest .*nothing was written"
+    ) as refusal:
+        tune(beside(job, min_psnr=99.0))
     assert refusal.value.exit_code == 8 and not job.output.with_name("plan.yml").exists()
+
+
+def beside(job, **changes):
+    """The same job to another file beside plan.cells: nothing runs twice."""
+    return replace(job, output=job.output.with_name("plan.yml"), overwrite=True, **changes)
+
+
+def test_the_truest_plan_within_a_time_and_what_presets_do(job, tuned):
+    exact_s = tuned.measured.seconds / tuned.measured.cost
+    found = tune(beside(job, min_psnr=None, max_seconds=0.7 * exact_s, presets=True))
+    within = [point for point in found.search.points.values() if point.cost <= 0.7]
+    assert found.point.cost <= 0.7 and found.measured.seconds <= 0.7 * exact_s + 1e-3
+    assert found.point.held_db >= max(point.held_db for point in within)
+    assert found.presets["exact"] == {"cost": 1, "psnr_db": 100, "p10_db": 100, "holds": True}
+    assert set(found.presets) == {"exact", "balanced"}, "fast has no calibration for five steps"
+    assert found.speedup == pytest.approx(
+        min(p["cost"] for p in found.presets.values() if p["holds"]) / found.point.cost
+    )
+
+
+def test_what_cannot_be_held_in_that_time_shows_the_closest_and_writes_nothing(job, tuned):
+    job.output.with_name("plan.yml").unlink(missing_ok=True)
+    exact_s = tuned.measured.seconds / tuned.measured.cost
+    for wanted, says in (
+        ({"min_psnr": 90.0, "max_seconds": 0.7 * exact_s}, "nothing within that time holds it; the closest was .* dB"),
+        ({"min_psnr": None, "max_seconds": 1e-3 * exact_s}, "no combination is so fast; the fastest, .* takes"),
+        ({"min_psnr": None, "max_seconds": 2 * exact_s}, "exact itself takes"),
+    ):
+        with pytest.raises(DaxError, match=f"--max-seconds .*{says}.*nothing was written") as refusal:
+            tune(beside(job, **wanted))
+        assert refusal.value.exit_code == 8 and not job.output.with_name("plan.yml").exists()
 
 
 def test_bad_input_is_refused_before_anything_runs(job, tuned, monkeypatch):
@@ -183,6 +286,8 @@ def test_bad_input_is_refused_before_anything_runs(job, tuned, monkeypatch):
         ({"output": job.output.with_name("plan.txt")}, "ends in .yaml"),
         ({"output": job.output.parent / "no" / "plan.yaml"}, "there is no folder"),
         ({"min_psnr": float("nan"), "overwrite": True}, "min_psnr"),
+        ({"min_psnr": None, "max_seconds": -1.0, "overwrite": True}, "max_seconds"),
+        ({"min_psnr": None, "overwrite": True}, "--min-psnr DB, --max-seconds S or both"),
         ({"held_out": job.prompts, "overwrite": True}, "held-out prompts must be others"),
     ):
         with pytest.raises(DaxError, match=says):

@@ -9,7 +9,6 @@ from dax.plan import Plan
 from dax.quant.scheme import reason as linear_reason
 from dax.tune.search import Option
 
-BUDGETS = (0.75, 0.6, 0.5, 0.45, 0.4, 0.36, 0.33, 0.3, 0.25)  # of a calibrated step plan
 PERIODS = (2, 3, 4, 6)  # of an even mask
 SCHEMES = ("int8", "fp8")
 SPARED = (0.2, 0.4)  # share of the last steps without guidance
@@ -18,7 +17,7 @@ SPARED = (0.2, 0.4)  # share of the last steps without guidance
 def knobs(machine: Machine, dtype: str, head_dim: int, steps: int, budgets, calibration: str, rule_lists) -> tuple:
     """([the options of each knob, the neutral one first], [what is left out, and why]).
 
-    budgets       of step plans that the calibration holds; () makes masks of even steps instead
+    budgets       (of step plans that the calibration holds, why there are none): without, masks of even steps instead
     rule_lists    {scheme: [{pattern: none}]} of what sensitivity found
     """
     left_out = []
@@ -40,11 +39,12 @@ def knobs(machine: Machine, dtype: str, head_dim: int, steps: int, budgets, cali
             name = f"{scheme} linears but {len(spared)} groups"
             linear.append(Option("linear", name, {"linear.scheme": scheme, "linear.rules": spared}))
     cache = [Option("cache", "every step", {})]
-    for budget in budgets:
+    held, why_none = budgets
+    for budget in held:
         values = {"cache.policy": "calibrated", "cache.budget": budget, "cache.file": calibration}
         cache.append(Option("cache", f"{100 * budget:.0f} % of steps", values))
-    if not budgets:
-        left_out.append("cache.policy = calibrated: no calibration of this model; even masks instead (dax calibrate)")
+    if not held:
+        left_out.append(f"cache.policy = calibrated: {why_none}; even masks instead (dax calibrate)")
         masks = [(f"1 step in {n}", even_mask(steps, n)) for n in PERIODS]
         cache += [Option("cache", name, {"cache.policy": "mask", "cache.mask": mask}) for name, mask in masks]
     guidance = [Option("guidance", "full guidance", {})]

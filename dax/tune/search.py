@@ -1,4 +1,4 @@
-"""The search for the cheapest plan that holds a fidelity: knobs measured alone first, then few whole runs.
+"""The search for the cheapest plan of a fidelity, or the truest within a cost: knobs alone first, then few whole runs.
 
 Pure: it chooses which combination to run next and asks for the measurement. Squared errors of knobs are taken to add
 up; what they do together beyond that is learnt from the whole runs, so interactions are seen, not assumed away.
@@ -51,6 +51,10 @@ class Point:
     def holds(self, target: float) -> bool:
         return self.held_db >= target
 
+    def within(self, other: "Point") -> bool:
+        """Whether `other` does all that this does, and more."""
+        return all(mine == its or not mine.values for mine, its in zip(self.options, other.options))
+
 
 def held(psnr_db: float, p10_db: float) -> float:
     """The highest target a plan holds: its mean is at the target or above, its p10 no more than SLACK_DB under."""
@@ -74,6 +78,11 @@ class Search:
         ]
         return sum(found) / len(found) if found else 0.0
 
+    def hope(self, point: Point) -> float:
+        """dB it may hold at best: the bias may be another combination's, but none holds more than a part of it did."""
+        parts = [other.held_db for other in self.points.values() if other.psnr_db is not None and other.within(point)]
+        return min([max(point.predicted_db, added_up(point.options, self.alone)), *parts])
+
     def predicted(self) -> list[Point]:
         """Every point with its prediction as of now, the cheapest first."""
         bias = self.bias()
@@ -84,10 +93,24 @@ class Search:
             found.append(replace(point, predicted_db=min(db, CAP_DB)))
         return sorted(found, key=lambda point: (point.cost, -point.predicted_db))
 
-    def best(self, target: float, but: Iterable[tuple] = ()) -> Point | None:
-        """The cheapest measured point that holds the target and is not in `but`."""
-        fit = [point for point in self.points.values() if point.holds(target) and point.options not in set(but)]
+    def cheapest(self, target: float, limit: float = math.inf) -> Point | None:
+        """The cheapest measured point that holds the target and costs no more than `limit`."""
+        fit = [point for point in self.points.values() if point.holds(target) and point.cost <= limit]
         return min(fit, key=lambda point: point.cost, default=None)
+
+    def truest(self, limit: float) -> Point | None:
+        """The measured point that holds most of those that cost no more than `limit`."""
+        fit = [point for point in self.points.values() if point.psnr_db is not None and point.cost <= limit]
+        return max(fit, key=lambda point: (point.held_db, -point.cost), default=None)
+
+    def run(self, point: Point, measure: Callable) -> None:
+        """A whole run of a point, kept; of a single option it replaces what a few prompts said. exact needs no run."""
+        changed = [option for option in point.options if option.values]
+        psnr_db, p10_db = measure(point.options) if changed else (CAP_DB, CAP_DB)
+        self.points[point.options] = replace(point, psnr_db=psnr_db, p10_db=p10_db)
+        if len(changed) == 1:
+            self.alone[changed[0]] = held(psnr_db, p10_db)
+        self.runs += 1
 
     def front(self) -> list[Point]:
         """The measured points that no other beats in both cost and PSNR, the cheapest first."""
@@ -112,7 +135,7 @@ def begin(knobs: list[list[Option]], alone: Callable, cost: Callable) -> Search:
     """Measure every option by itself, leave out what another option of its knob beats, and lay out all combinations.
 
     alone   Option -> (mean PSNR, p10) in dB
-    cost    tuple of Options -> share of exact's work
+    cost    tuple of Options -> share of exact's work; None for a combination that cannot be had
     """
     found: dict[Option, float] = {}
     kept: list[list[Option]] = []
@@ -121,6 +144,8 @@ def begin(knobs: list[list[Option]], alone: Callable, cost: Callable) -> Search:
         priced = []
         for option in options:
             price = cost((*neutral[:index], option, *neutral[index + 1 :]))
+            if price is None:
+                continue
             found[option] = held(*alone(option)) if option.values else CAP_DB
             priced.append((price, -found[option], option))
         chosen, best = [], -math.inf
@@ -129,25 +154,38 @@ def begin(knobs: list[list[Option]], alone: Callable, cost: Callable) -> Search:
                 chosen.append(option)
                 best = -negative
         kept.append(chosen)
-    return Search(found, {each: Point(each, cost(each)) for each in product(*kept)})
+    costs = {each: cost(each) for each in product(*kept)}
+    return Search(found, {each: Point(each, price) for each, price in costs.items() if price is not None})
 
 
-def climb(search: Search, target: float, measure: Callable, max_runs: int) -> Point | None:
-    """Whole runs until the cheapest point that holds the target is known as well as `max_runs` allow; that point.
+def climb(search: Search, target: float, measure: Callable, max_runs: int, limit: float = math.inf) -> Point | None:
+    """Whole runs until the cheapest point that holds the target, and costs no more than `limit`, is known as well as
+    `max_runs` allow; that point.
 
     measure   tuple of Options -> (mean PSNR, p10) in dB
-    First the cheapest that is predicted to hold. Then cheaper ones that are predicted to come close, the nearest first.
+    First the cheapest that is predicted to hold. Then cheaper ones that may come close, the most hopeful first.
     """
     while search.runs < max_runs:
-        best = search.best(target)
-        limit = best.cost if best else math.inf
-        cheaper = [point for point in search.predicted() if point.psnr_db is None and point.cost < limit]
+        best = search.cheapest(target, limit)
+        unrun = [point for point in search.predicted() if point.psnr_db is None and point.cost <= limit]
+        cheaper = [point for point in unrun if best is None or point.cost < best.cost]
         likely = [point for point in cheaper if point.predicted_db >= target]
-        close = [point for point in cheaper if point.predicted_db >= target - CURIOUS_DB]
+        close = [point for point in cheaper if search.hope(point) >= target - CURIOUS_DB]
         if not (likely or (best and close)):
             break
-        chosen = likely[0] if likely else max(close, key=lambda point: point.predicted_db)
-        psnr_db, p10_db = measure(chosen.options) if any(o.values for o in chosen.options) else (CAP_DB, CAP_DB)
-        search.points[chosen.options] = replace(chosen, psnr_db=psnr_db, p10_db=p10_db)
-        search.runs += 1
-    return search.best(target)
+        search.run(likely[0] if likely else max(close, key=search.hope), measure)
+    return search.cheapest(target, limit)
+
+
+def refine(search: Search, limit: float, measure: Callable, max_runs: int) -> Point | None:
+    """Whole runs of what costs no more than `limit`, the highest prediction first, until none that is left is predicted
+    above the best so far, or `max_runs` are used up; that best, None if nothing is so cheap.
+    """
+    while search.runs < max_runs:
+        best = search.truest(limit)
+        unrun = [point for point in search.predicted() if point.psnr_db is None and point.cost <= limit]
+        better = [point for point in unrun if best is None or point.predicted_db > best.held_db]
+        if not better:
+            break
+        search.run(max(better, key=lambda point: point.predicted_db), measure)
+    return search.truest(limit)
