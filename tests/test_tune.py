@@ -15,7 +15,7 @@ from dax.plan import Plan
 from dax.provenance import read_measured
 from dax.tune import sensitivity
 from dax.tune.job import Job
-from dax.tune.knobs import even_mask
+from dax.tune.knobs import even_mask, presets_among
 from dax.tune.run import settle, tune
 from dax.tune.search import Option, begin, climb, refine
 
@@ -172,6 +172,26 @@ def test_the_front_only_rises():
 def plan(**values) -> Plan:
     values = {key.replace("__", "."): value for key, value in values.items()}
     return Plan.from_layers([("test", {"attention.kernel": "sdpa", **values})])[0]
+
+
+def test_presets_are_found_among_the_combinations():
+    attention = Option("attention", "a", {"attention.kernel": "int8"})
+    linear, spared = (
+        Option("linear", "l", {"linear.scheme": "int8"}),
+        {"linear.scheme": "int8", "linear.rules": {"x": "none"}},
+    )
+    cache = {"cache.policy": "calibrated", "cache.file": "my.json"}
+    steps, fewer = (
+        Option("cache", "40", {**cache, "cache.budget": 0.4}),
+        Option("cache", "25", {**cache, "cache.budget": 0.25}),
+    )
+    none = Option("linear", "none", {})
+    combinations = [
+        (attention, linear), (attention, none), (attention, Option("linear", "s", spared)), (attention, linear, steps),
+        (attention, linear, fewer),
+    ]  # fmt: skip
+    found = presets_among(combinations, Plan.load("exact"))
+    assert found == [combinations[0], combinations[3]], "balanced and fast"
 
 
 def test_costs_are_shares_of_exact():

@@ -10,6 +10,7 @@ from dax.quant.scheme import reason as linear_reason
 from dax.tune.search import Option
 
 PERIODS = (2, 3, 4, 6)  # of an even mask
+PRESETS = ("balanced", "fast")  # what most people would take instead
 SCHEMES = ("int8", "fp8")
 SPARED = (0.2, 0.4)  # share of the last steps without guidance
 
@@ -53,6 +54,21 @@ def knobs(machine: Machine, dtype: str, head_dim: int, steps: int, budgets, cali
         last = round(share * steps)
         guidance.append(Option("guidance", f"no guidance in the last {last}", {"cache.drop_uncond": last}))
     return [attention, linear, cache, guidance], left_out
+
+
+def presets_among(combinations, exact: Plan) -> list:
+    """Those of the combinations that are presets: what is found shall not be dearer than one of them that holds."""
+    usual = exact.leaves()
+
+    def changed(values: dict) -> dict:
+        return {key: value for key, value in values.items() if value != usual[key] and key != "cache.file"}
+
+    presets = [changed(Plan.load(name).leaves()) for name in PRESETS]
+    return [
+        options
+        for options in combinations
+        if changed({key: value for option in options for key, value in option.values.items()}) in presets
+    ]
 
 
 def even_mask(steps: int, period: int) -> str:
