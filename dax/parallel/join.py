@@ -14,7 +14,7 @@ from pathlib import Path
 from dax.errors import DaxError
 from dax.parallel import board
 from dax.parallel.board import LOADING_S
-from dax.parallel.launch import ECHO_S, Watch
+from dax.parallel.launch import ECHO_S, Watch, is_echo
 from dax.parallel.nodes import Nodes
 from dax.parallel.planner import Ranks
 
@@ -104,7 +104,7 @@ def joined(here: Place, device: str, agreed: dict[str, str]):
     try:
         yield
     except RuntimeError as error:
-        if not spawned and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not spawned and is_echo(error):
             if watch:
                 watch.thread.join(ECHO_S)  # this may only echo what it is about to tell
             first = next(iter(str(error).splitlines()), "")

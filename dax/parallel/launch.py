@@ -98,8 +98,8 @@ def worker(task: Callable, args: tuple, folder: str, count: int):
         result = task(*args)
     except BaseException as error:
         write_cause(Path(folder), rank, error)
-        if not isinstance(error, DaxError):
-            time.sleep(ECHO_S)  # this may only echo the death of another rank, which the agent shall notice first
+        if is_echo(error):
+            time.sleep(ECHO_S)  # the agent shall notice first who died
         os._exit(EXIT_CODES["rank_failed"])  # peers may never answer: nothing is torn down
     return result if rank == 0 else None
 
@@ -113,6 +113,13 @@ def die_with_parent() -> None:
         os._exit(EXIT_CODES["rank_failed"])
 
 
+def is_echo(error: BaseException) -> bool:
+    """Whether an error only says that another rank no longer answers. Gloo has no class of its own for that."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def write_cause(folder: Path, rank: int, error: BaseException) -> None:
     """Why a rank fails, as a file that is there whole or not at all."""
     told = isinstance(error, DaxError)
@@ -121,7 +128,8 @@ def write_cause(folder: Path, rank: int, error: BaseException) -> None:
         said = f"left early with exit code {error.code or 0}"
     elif not told:
         said = f"{type(error).__name__}: {said}"
-    cause = {"at": time.monotonic(), "code": error.code if told else "rank_failed", "said": said, "told": told}
+    code, echo = error.code if told else "rank_failed", is_echo(error)
+    cause = {"at": time.monotonic(), "code": code, "said": said, "told": told, "echo": echo}
     part = folder / f"part-{rank}"
     part.write_text(json.dumps(cause | {"traceback": traceback.format_exc()}))
     part.rename(folder / f"cause-{rank}")
@@ -150,9 +158,9 @@ def failure(failures: dict, board: Board, verdict: tuple[int, str] | None, folde
         )
     gone = [rank for rank in range(board.count) if rank not in causes and not alive(board.read(rank))]
     if causes:
-        rank = min(causes, key=lambda rank: causes[rank]["at"])
+        rank = min(causes, key=lambda rank: (causes[rank]["echo"], causes[rank]["at"]))
         cause = causes[rank]
-        if gone and not cause["told"]:  # the others only noticed
+        if gone and cause["echo"]:  # with another cause they are gone because the agent ended them
             return DaxError("rank_failed", f"rank {gone[0]} vanished {stage(gone[0])}: all {board.count} ranks ended")
         if cause["told"]:
             return DaxError(cause["code"], cause["said"])

@@ -85,7 +85,7 @@ def test_a_refusal_keeps_its_code_and_echoes_are_not_told(tmp_path):
     board = Board(tmp_path / "board", 2, 1)
     board.enter("denoise step 2 of 4")
     write_cause(tmp_path, 1, DaxError("out_of_memory", "1x1x1 does not fit: a larger machine"))
-    write_cause(tmp_path, 0, RuntimeError("Connection closed by peer"))
+    write_cause(tmp_path, 0, RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
     error = failure({}, board, None, tmp_path)
     assert str(error) == "1x1x1 does not fit: a larger machine" and error.exit_code == 5
     (tmp_path / "cause-1").unlink()
@@ -95,6 +95,9 @@ def test_a_refusal_keeps_its_code_and_echoes_are_not_told(tmp_path):
         board.enter("denoise step 3 of 4")
     error = failure({}, board, None, tmp_path)
     assert str(error) == "rank 1 vanished during denoise step 3 of 4: all 2 ranks ended" and error.exit_code == 7
+    write_cause(tmp_path, 0, ValueError("the dog ate it"))
+    error = failure({}, board, None, tmp_path)
+    assert str(error) == "rank 0, before it began: ValueError: the dog ate it", "the agent ended rank 1 for it"
 
 
 @pytest.mark.fault(48)
