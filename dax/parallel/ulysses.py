@@ -14,6 +14,9 @@ from torch.compiler import is_compiling
 from dax.parallel.topology import Layout
 from dax.parallel.wire import as_bytes, start_gather
 
+WORDS = (torch.complex128, torch.int64, torch.int32)  # 16, 8 and 4 bytes that a copy moves at once, whatever they hold
+ROOM = 16  # bytes: what travels with others begins at a multiple, a boundary of every word
+
 
 @dataclass(frozen=True)
 class Axes:
@@ -58,8 +61,9 @@ def to_heads(wire, layout: Layout, operands: list, axes: list[Axes], chunk: int 
             rows[other].append(-(-layout.token_sizes[other] // axis.per) if meets else 0)
     mine = pieces[rank]
     widths = [prod(piece.shape[1:]) * piece.element_size() for piece in mine]
-    sizes = [[piece.numel() * piece.element_size() for piece in each] for each in pieces]
-    coming = [[count * width for count, width in zip(each, widths)] for each in rows]
+    room = ROOM if len(mine) > 1 else 1
+    sizes = [[whole_rooms(piece.numel() * piece.element_size(), room) for piece in each] for each in pieces]
+    coming = [[whole_rooms(count * width, room) for count, width in zip(each, widths)] for each in rows]
     if len(mine) > 1:  # what is joined on arrival needs no way through the wire to itself
         pieces[rank], sizes[rank], coming[rank] = [], [], []
     send = pack([piece for each in pieces for piece in each], [size for each in sizes for size in each])
@@ -76,7 +80,7 @@ def to_heads(wire, layout: Layout, operands: list, axes: list[Axes], chunk: int 
         for source in range(layout.ranks):
             for i, part in enumerate(mine):
                 if source != rank:
-                    part = next(parts).view(part.dtype).view(rows[source][i], *part.shape[1:])
+                    part = taken(next(parts), part.dtype, (rows[source][i], *part.shape[1:]))
                 arrived[i].append(part.movedim(0, axes[i].tokens))
         return [torch.cat(found, axis.tokens).view(dtype) for found, axis, dtype in zip(arrived, axes, dtypes)]
 
@@ -118,22 +122,33 @@ def to_tokens(wire, layout: Layout, o: torch.Tensor, chunk: int = 0, chunks: int
 def words(x: torch.Tensor, axis: Axes) -> torch.Tensor:
     """The tensor as one that is copied faster, no copy: a strided copy costs a GPU by the element, not by the byte.
 
-    In 32-bit words, where the last dimension is neither tokens nor heads and its rows lie on words; else 8 bits as
-    bytes, all else as it is. A compiler makes copies of its own.
+    In the widest of WORDS whose boundaries all rows lie on, where the last dimension is neither tokens nor heads; else
+    8 bits as bytes, all else as it is. A compiler makes copies of its own.
     """
-    ratio = 4 // x.element_size()
-    if ratio > 1 and axis.last < x.ndim - 1 and x.stride(-1) == 1 and not is_compiling():
-        if all(place % ratio == 0 for place in (*x.stride()[:-1], x.storage_offset(), x.shape[-1])):
-            return x.view(torch.int32)
+    if axis.last < x.ndim - 1 and x.stride(-1) == 1 and not is_compiling():
+        places = *x.stride()[:-1], x.storage_offset(), x.shape[-1]
+        for word in WORDS:
+            if all(place * x.element_size() % word.itemsize == 0 for place in places):
+                return x.view(word)
     return x.view(torch.uint8) if x.element_size() == 1 else x
 
 
-def pack(parts: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
-    """The parts one after the other as flat uint8, each copied once."""
-    buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=parts[0].device)
-    for part, room in zip(parts, buffer.split(sizes)):
-        room.view(part.dtype).view(part.shape).copy_(part)
+def pack(parts: list[torch.Tensor], rooms: list[int]) -> torch.Tensor:
+    """The parts one after the other as flat uint8, each copied once to the start of its room (bytes)."""
+    buffer = torch.empty(sum(rooms), dtype=torch.uint8, device=parts[0].device)
+    for part, room in zip(parts, buffer.split(rooms)):
+        taken(room, part.dtype, part.shape).copy_(part)
     return buffer
+
+
+def whole_rooms(size: int, room: int) -> int:
+    """Bytes rounded up to whole rooms."""
+    return -(-size // room) * room
+
+
+def taken(room: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """The tensor at the start of a room of bytes; a view."""
+    return room[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def shared(backend, sequence, chunks: int = 0, travel=None):
@@ -216,8 +231,6 @@ class Exchange:
                 groups.setdefault(i if axis.tokens < axis.heads else -1, []).append(i)
         waits = []
         for members in groups.values():
-            # every part begins on a boundary of its type
-            members.sort(key=lambda i: -words(self.operands[i], self.axes[i]).element_size())
             chosen = [self.operands[i] for i in members], [self.axes[i] for i in members]
             waits.append((members, to_heads(self.wire, layout, *chosen, chunk, self.chunks)))
 

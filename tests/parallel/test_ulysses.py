@@ -45,6 +45,7 @@ EIGHT_BITS = [  # ranks, B, S, H, ulysses, rows, chunks
     (4, 2, 520, 5, 2, 2, 2),
     (8, 1, 1000, 12, 8, 1, 2),
     (8, 1, 1000, 3, 1, 8, 1),
+    (2, 1, 389, 3, 2, 1, 2),  # an odd number of scales, and after them rows of 16-byte words
 ]
 
 
@@ -111,11 +112,28 @@ def test_queries_are_quantised_while_the_statistics_travel(ranks):
 
 
 def test_rows_of_features_are_copied_as_words():
-    """Not where a row does not lie on words: there the values would be torn."""
+    """As wide as fits; not where a row does not lie on words: there the values would be torn."""
     axis, x = Axes(1, 2), torch.arange(240, dtype=torch.int8).view(1, 5, 4, 12)
     assert words(x, axis).dtype == torch.int32 and torch.equal(words(x, axis).view(torch.int8), x)
     assert words(x[..., 1:9], axis).dtype == words(x[..., :6], axis).dtype == torch.uint8
     assert words(x[0], Axes(0, 1)).dtype == torch.int32 and words(x[0], Axes(1, 2)).dtype == torch.uint8
     halves = x.to(torch.bfloat16)
-    assert words(halves, axis).dtype == torch.int32 and words(halves[..., 1:], axis).dtype == torch.bfloat16
-    assert words(halves[:, 1:], axis).dtype == torch.int32 and words(x.float(), axis).dtype == torch.float32
+    assert words(halves, axis).dtype == torch.int64 and words(halves[..., 1:], axis).dtype == torch.bfloat16
+    assert words(halves[:, 1:], axis).dtype == torch.int64 and words(x.float(), axis).dtype == torch.complex128
+    flat = torch.zeros(481, dtype=torch.int8)
+    for first, word in ((0, torch.complex128), (8, torch.int64), (4, torch.int32), (2, torch.uint8)):
+        assert words(flat[first : first + 320].view(1, 5, 4, 16), axis).dtype == word
+
+
+@pytest.mark.parametrize("dtype", (torch.int8, torch.bfloat16, torch.float32))
+def test_words_are_moved_bit_by_bit(dtype):
+    """Whatever the bits mean in the word that carries them, signalling NaNs among it."""
+    axis, generator = Axes(1, 2), torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**63), 2**63 - 1, (1, 6, 4, 32), generator=generator)
+    bits[0, 0] = torch.tensor([0x7FF0000000000001, -0x000FFFFFFFFFFFFF, -(2**63), 2**63 - 1] * 8)
+    x, into = bits.view(dtype), torch.zeros(1, 6, 8, 32, dtype=torch.int64).view(dtype)
+    assert words(x, axis).dtype == torch.complex128
+    words(into, axis)[:, :, 2:6].copy_(words(x, axis))
+    assert torch.equal(into.view(torch.int64)[:, :, 2:6], bits)
+    joined = torch.cat([words(x, axis)[:, 3:], words(x, axis)[:, :3]], 1)
+    assert torch.equal(joined.view(torch.int64), bits.roll(3, 1))
