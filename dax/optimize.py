@@ -25,11 +25,14 @@ from dax.resolve import Resolved, kernels_of, resolve, without_fused_blocks
 OPTIMIZED = WeakSet()  # transformers that carry an engine now
 
 
-def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **overrides) -> "Engine":
+def optimize(
+    pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, tokens: int | None = None, **overrides
+) -> "Engine":
     """Change a diffusers pipeline, or a bare transformer, in place as the plan says; returns the Engine.
 
     plan        a preset's name, a YAML file's path, or a Plan
     strict      a fallback is an error
+    tokens      of the clips to come, where known: several ranks measure at that size, else at the model's own
     overrides   plan keys that win over the plan: compile="blocks", attention={"kernel": "sdpa"}
     DaxError, before anything is changed: "bad_request" for the plan or a model that is already optimized or compiled,
     "bad_model" for a family DAX does not know, "unsupported" for what this machine cannot do.
@@ -46,7 +49,7 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
     here = machine(device_of(transformer))
     dtype = str(transformer.dtype).removeprefix("torch.")
     checkpoint = None if wanted.cache.policy == "none" else checkpoint_of(target)
-    ranks = ranks_here(guided=target.pipe is not None)
+    ranks = replace(ranks_here(guided=target.pipe is not None), tokens=tokens)
     resolved = resolve(wanted, target.facts, here, strict, dtype, checkpoint, ranks)
     if resolved.plan.blocks.fused:
         difference = wan_guard.block_difference(bool(target.facts.control_layers))
@@ -54,7 +57,7 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
 
     edits = Edits()
     try:
-        changes, resolved = apply(resolved, target, here, dtype, edits, measure=wanted.parallel.overlap == "auto")
+        changes, resolved = apply(resolved, target, here, dtype, edits, wanted.parallel.overlap == "auto", tokens)
         gate = gate_of(resolved, target, checkpoint, edits)
     except BaseException as error:
         if edits.sealed:
@@ -71,11 +74,17 @@ def optimize(pipe, plan: "str | Plan" = DEFAULT_PRESET, strict: bool = False, **
 
 
 def apply(
-    resolved: Resolved, target, machine: Machine, dtype: str, edits: Edits, measure: bool = False
+    resolved: Resolved,
+    target,
+    machine: Machine,
+    dtype: str,
+    edits: Edits,
+    auto: bool = False,
+    tokens: int | None = None,
 ) -> "tuple[list[Change], Resolved]":
     """Change the model as a resolved plan says, in this order; every change is in `edits`, counted and checked.
 
-    measure   let ranks time whether hiding their exchange pays here; the plan that comes back says what was found
+    auto, tokens   for ranks, as in parallel.apply; the plan that comes back says what they found
     """
     from dax.cache.gate import position
     from dax.compile import apply_compile
@@ -114,11 +123,19 @@ def apply(
         from dax.parallel.apply import apply_parallel
 
         parts, parallel, said = apply_parallel(
-            target, plan.parallel, machine.device, attention.backend_of("sdpa"), attention.Turn(), measure, edits
+            target,
+            plan.parallel,
+            machine.device,
+            attention.backend_of("sdpa"),
+            attention.Turn(),
+            auto,
+            tokens,
+            plan.compile == "none",
+            edits,
         )
         changes += [Change(*part) for part in parts]
         plan = plan.model_copy(update={"parallel": parallel})
-        resolved = replace(resolved, plan=plan, notes=resolved.notes + ((said,) if said else ()))
+        resolved = replace(resolved, plan=plan, notes=(*resolved.notes, *said))
     if plan.compile == "blocks":
         count = apply_compile(target.blocks(), edits, overlap=plan.parallel.overlap != 0)
         changes.append(Change("compile", "blocks", "transformer blocks", count, total))

@@ -79,6 +79,7 @@ class Backend:
     num_query_operands  of the operands, how many belong to queries: the first ones
     token_align  a rank's share of the tokens begins at a multiple of it
     name     as summaries tell it
+    sequence  the ranks that share the tokens (dax.parallel), or None: they are all here
     """
 
     name: str
@@ -88,6 +89,7 @@ class Backend:
     layout: tuple[tuple[int, int | None, int], ...]
     num_query_operands: int = 1
     token_align: int = 1
+    sequence: Any = None
 
 
 def backend_of(kernel: str) -> Backend:

@@ -143,7 +143,10 @@ def settle(job: Job) -> Settled:
     name = str(dtype).removeprefix("torch.")
     asked, shares = parallel_plan(asked, request, facts, count, job.strict, remarks)
     resolved = resolve(asked, facts, here, job.strict, name, checkpoint, shares)
-    asked = asked.model_copy(update={"parallel": resolved.plan.parallel})
+    parallel = resolved.plan.parallel.model_copy(
+        update={"overlap": asked.parallel.overlap}
+    )  # `auto` is yet to be timed
+    asked = asked.model_copy(update={"parallel": parallel})
     others = checked.parameters - facts.num_experts * facts.num_parameters
     weights = others * dtype.itemsize + experts_bytes(facts, resolved.plan, dtype.itemsize)
     check_memory(facts, request, weights, dtype.itemsize, here.memory_gib)
@@ -184,7 +187,8 @@ def make(settled: Settled, log):
         experts = [pipe.transformer, *([pipe.transformer_2] if facts.num_experts == 2 else [])]
         from dax.optimize import optimize
 
-        with optimize(pipe, settled.asked, strict=job.strict) as engine, Forwards(*experts) as forwards:
+        tokens = facts.tokens(request.height, request.width, request.num_frames)
+        with optimize(pipe, settled.asked, job.strict, tokens) as engine, Forwards(*experts) as forwards:
             remarks.extend(engine.fallbacks)
             log(engine.summary())
             with clock.stage("text"):

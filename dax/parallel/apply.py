@@ -3,27 +3,38 @@
 from functools import partial
 
 from dax.parallel import mesh as meshes
-from dax.parallel.admit import admitted
+from dax.parallel.admit import admitted, ways_of
 from dax.parallel.cfg import Guidance, apply_guidance
 from dax.parallel.sequence import Sequence, apply_sequence
 from dax.parallel.topology import Topology
 from dax.parallel.ulysses import shared
 from dax.parallel.vae import apply_vae
+from dax.parallel.window import opened
 
 
-def apply_parallel(target, parallel, device: str, plain, turn, measure: bool, edits):
+def apply_parallel(target, parallel, device: str, plain, turn, auto: bool, tokens: int | None, eager: bool, edits):
     """Share the work of `target` out over all ranks; collective.
 
-    Returns ([(key, value, what, count, total) of each part], the plan's part, what measuring it said or None).
+    Returns ([(key, value, what, count, total) of each part], the plan's part, what was found out on the way: lines).
 
     target     .pipe, .transformers, .facts, .blocks(), .attentions(cross)
     parallel   the plan's part, every key decided
     plain      the backend whose operands are q, k, v themselves;  turn  one that leaves them as they are
-    measure    on GPUs, time whether the head chunks pay here, and do without them if they do not
+    auto       whether the number of head chunks may change to none, if that is faster here
+    tokens     of the clips to come, None if not known: then the model's own size is measured
+    eager      whether blocks run as they are: only those may exchange through a window
     """
     topology = Topology(parallel.cfg, parallel.ulysses, parallel.rows)
     mesh = meshes.build(topology, device)
-    said, shared_layers, all_blocks, divided = None, 0, 0, 0
+    window, said, way, shared_layers, all_blocks, divided = None, [], None, 0, 0, 0
+    pixels = target.facts.defaults
+    size = tokens or target.facts.tokens(pixels.height, pixels.width, pixels.num_frames)
+    if topology.sequence > 1 and eager:
+        window, why = opened(mesh.sequence, device)
+        if window:
+            edits.call(lambda: None, window.close)
+        elif device == "cuda":
+            said.append(f"parallel: exchanges are messages: {why}")
     for transformer in target.transformers:
         if topology.sequence > 1:
             inside = set(transformer.modules())
@@ -33,17 +44,18 @@ def apply_parallel(target, parallel, device: str, plain, turn, measure: bool, ed
             blocks = apply_sequence(transformer, sequence, edits)
             own = layers[0].processor.backend
             travel = plain if parallel.wire == "plain" and own.layout != plain.layout else None
-            if measure and parallel.overlap > 0 and device == "cuda" and said is None:
-                facts, planned = target.facts, parallel.overlap
-                size = facts.defaults
-                tokens = facts.tokens(size.height, size.width, size.num_frames)
-                chunks, *times = admitted(own, sequence, tokens, planned, facts.head_dim, turn, device, travel)
-                parallel = parallel.model_copy(update={"overlap": chunks})
-                said = "parallel.overlap: auto is {}; one attention takes {:.2f} ms serial, {:.2f} in {} chunks".format(
-                    chunks, *times, planned
-                )
+            if way is None:
+                ways = ways_of(parallel.overlap, auto and device == "cuda", window)
+                way = ways[-1]
+                if len(ways) > 1 and device == "cuda":
+                    way, found = admitted(own, sequence, size, ways, target.facts.head_dim, turn, device, travel)
+                    said.append(f"parallel: one attention of {size} tokens takes {found}; taken: {way}")
+                    if window and not way.window:
+                        window.close()
+                parallel = parallel.model_copy(update={"overlap": way.chunks})
+            sequence.window = way.window
             for layer in layers:
-                backend = shared(layer.processor.backend, sequence, parallel.overlap, travel)
+                backend = shared(layer.processor.backend, sequence, way.chunks, travel)
                 edits.set_attribute(layer, "processor", layer.processor.around(backend))
             shared_layers, all_blocks = shared_layers + len(layers), all_blocks + blocks
         if topology.cfg > 1:

@@ -12,11 +12,15 @@ from dax.parallel.wire import gather
 
 
 class Sequence:
-    """The group of ranks that share one branch's tokens, and the split of the forward that runs now."""
+    """The group of ranks that share one branch's tokens, and the split of the forward that runs now.
+
+    window   the memory through which attention exchanges (window.py), or None: by messages over the wire
+    """
 
     def __init__(self, wire, heads: int, ulysses: int, rows: int, align: int = 1):
         self.wire, self.heads, self.ulysses, self.rows, self.align = wire, heads, ulysses, rows, align
         self.layout: Layout | None = None
+        self.window = None
 
     def begin(self, tokens: int) -> None:
         """A forward of that many tokens starts. DaxError("bad_request") if they cannot be shared out."""

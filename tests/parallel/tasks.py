@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 
 from dax.attention.backend import Turn, backend_of
+from dax.parallel import shared_memory
 from dax.parallel.admit import admitted
 from dax.parallel.sequence import Sequence
 from dax.parallel.topology import Layout
 from dax.parallel.ulysses import shared
+from dax.parallel.window import Window
 from dax.parallel.wire import Wire, gather
 from tests.parallel import slow_link
 from tests.parallel.slow_link import DelayedWire
@@ -29,27 +31,28 @@ def qkv(B, S, H, D=16, dtype=torch.float32):
     return [torch.randn(B, S, H, D, generator=generator).to(dtype) for _ in range(3)]
 
 
-def sequence_of(wire, S, H, ulysses, rows, align=1):
+def sequence_of(wire, S, H, ulysses, rows, align=1, window=False):
     sequence = Sequence(wire, H, ulysses, rows, align)
+    sequence.window = Window(wire, "cpu") if window else None
     sequence.layout = Layout(S, H, ulysses, rows, align)  # unchecked: a rank may have no token at all
     return sequence
 
 
-def attention(B, S, H, ulysses, rows, align, chunks, dtype=torch.float32):
+def attention(B, S, H, ulysses, rows, align, chunks, dtype=torch.float32, window=False):
     """Largest difference to one process."""
     q, k, v = qkv(B, S, H, dtype=dtype)
     whole = attend_with(backend_of("sdpa"), q, k, v)
-    sequence = sequence_of(Wire(dist.group.WORLD), S, H, ulysses, rows, align)
+    sequence = sequence_of(Wire(dist.group.WORLD), S, H, ulysses, rows, align, window)
     o = attend_with(shared(backend_of("sdpa"), sequence, chunks), *(sequence.shard(x, 1) for x in (q, k, v)))
     joined = sequence.gather(o, 1)
     return (joined.float() - whole.float()).abs().max().item()
 
 
-def int8(B, S, H, ulysses, rows, chunks, wire="8bit", D=64):
+def int8(B, S, H, ulysses, rows, chunks, wire="8bit", window=False, D=64):
     """Relative difference of int8 attention on all ranks to one process, 0 if equal bit for bit, as rank 0 sees it."""
     backend = backend_of("int8")
     q, k, v = qkv(B, S, H, D, torch.bfloat16)
-    sequence = sequence_of(Wire(dist.group.WORLD), S, H, ulysses, rows, backend.token_align)
+    sequence = sequence_of(Wire(dist.group.WORLD), S, H, ulysses, rows, backend.token_align, window)
     travel = None if wire == "8bit" else backend_of("sdpa")
     o = attend_with(shared(backend, sequence, chunks, travel), *(sequence.shard(x, 1) for x in (q, k, v)))
     together = sequence.gather(o, 1)
@@ -72,6 +75,49 @@ def admission(latency_s, exchange_s, attend_s):
 
     sequence = Sequence(wire, H, inner.ranks, 1)
     return admitted(replace(backend_of("sdpa"), attend=attend), sequence, S, 8, D, Turn(), "cpu")
+
+
+def in_a_row(kernel, layouts, chunks, late_rank=None, without=None):
+    """Whether attentions through one window are, bit for bit, what they are by messages.
+
+    layouts     (B, S, H, ulysses, rows) of each: other sizes, other data, one memory
+    late_rank   sleeps before it writes, before it attends and before it looks at the output
+    without     the kind of barrier that is left out, once memory is there: 0 of operands, 1 of outputs
+    """
+    backend, wire = backend_of(kernel), Wire(dist.group.WORLD)
+    window, barrier, barriers = Window(wire, "cpu"), shared_memory.OnHost.barrier, []
+
+    def late():
+        if wire.rank == late_rank:
+            time.sleep(0.02)
+
+    def attend(*args):
+        late()
+        return backend.attend(*args)
+
+    def counted(memory):
+        barriers.append(memory)
+        if (len(barriers) - 1) % 2 != without:
+            barrier(memory)
+
+    shares, wanted, same = [], [], []
+    for number, (B, S, H, ulysses, rows) in enumerate(layouts):
+        sequence = sequence_of(wire, S, H, ulysses, rows, backend.token_align)
+        shares.append((sequence, [sequence.shard(x + number, 1) for x in qkv(B, S, H, 64, torch.bfloat16)]))
+        wanted.append(attend_with(shared(backend, sequence, chunks), *shares[-1][1]))
+        sequence.window = window
+    for sequence, share in shares[:1] * (without is not None):
+        attend_with(shared(backend, sequence, chunks), *share)
+    with mock.patch.object(shared_memory.OnHost, "barrier", counted if without is not None else barrier):
+        for (sequence, share), whole in zip(shares, wanted):
+            late()
+            found = attend_with(shared(replace(backend, attend=attend), sequence, chunks), *share)
+            late()
+            same.append(torch.equal(found, whole))
+    held = {name: memory.size for name, memory in window.held.items()}
+    window.close()
+    dist.barrier()
+    return all(same), held, window.held
 
 
 def gather_of(sizes, dtype, dim):
@@ -254,6 +300,31 @@ def cached(parallel, cache):
     return relative(together, alone), relative(alone, full), computed
 
 
+def seen_on_cpus():
+    """Ranks on CPUs exchange through a window too, as GPUs that see each other's memory do."""
+    return mock.patch("dax.parallel.window.problem", lambda wire, device: None)
+
+
+def windowed(parallel):
+    """(relative difference of the latents to one process, whether they are those of messages bit for bit, chunks that
+    went through the window of all layers, memories that undo gave back)"""
+    import dax
+
+    pipe = build_pipe()
+    alone = run_pipe(pipe)
+    with dax.optimize(pipe, attention={"kernel": "sdpa"}, parallel=parallel):
+        messages = run_pipe(pipe)
+    with seen_on_cpus():
+        engine = dax.optimize(pipe, attention={"kernel": "sdpa"}, parallel=parallel)
+    windows = {block.attn1.processor.backend.sequence.window for block in pipe.transformer.blocks}
+    with mock.patch.object(Window, "give_back", autospec=True, side_effect=Window.give_back) as given:
+        together = run_pipe(pipe)
+    (window,) = windows
+    held = len(window.held)
+    engine.undo()
+    return relative(together, alone), torch.equal(together, messages), given.call_count, held - len(window.held)
+
+
 def model(parallel, guidance_scale=4.0, kernel="sdpa", heads=12):
     """(relative difference of the latents to one process, of the frames, whether undo gives the model back, summary)"""
     import dax
@@ -336,14 +407,14 @@ def relative(x, reference):
 def faulty(fault):
     """Relative difference of the velocity to one process when something is wrong on one rank."""
     import dax
-    from dax.parallel import ulysses
+    from dax.parallel import messages
 
     pipe = build_pipe()
     latents, time_step = torch.randn(1, 16, 3, 10, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     text = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
     alone = pipe.transformer(latents, time_step, text).sample
     engine = dax.optimize(pipe.transformer)
-    original = ulysses.to_heads
+    original = messages.to_heads
     wrong = dist.get_rank() == 1
 
     def rope_off_by_one(rope, inputs, tables):
@@ -357,11 +428,11 @@ def faulty(fault):
     if fault == "rope":
         pipe.transformer.rope.register_forward_hook(rope_off_by_one)
     elif fault == "heads":
-        ulysses.to_heads = heads_swapped
+        messages.to_heads = heads_swapped
     try:
         together = pipe.transformer(latents, time_step, text).sample
     finally:
-        ulysses.to_heads = original
+        messages.to_heads = original
         engine.undo()
     return relative(together, alone)
 

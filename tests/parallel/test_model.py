@@ -25,6 +25,16 @@ def test_the_clip_is_that_of_one_process(ranks, count, parallel):
         assert "parallel.vae = split" in summary and f"on {count} ranks" in summary
 
 
+@pytest.mark.parametrize(("count", "parallel"), TOPOLOGIES[1:5], ids=str)
+def test_and_through_a_window(ranks, count, parallel):
+    """Of 2 layers, 2 steps and 2 branches; undo gives the memory back."""
+    forwards = 2 if parallel["cfg"] == 2 else 4
+    for latents, same, chunks, freed in ranks(count).run(tasks.windowed, parallel):
+        assert latents < 1e-5 and same
+        assert chunks == 2 * forwards * max(parallel.get("overlap", 0), 1)
+        assert freed == 2, "operands and output"
+
+
 def test_without_guidance(ranks):
     for latents, _, _, _ in ranks(2).run(tasks.model, {"cfg": 1}, 1.0):
         assert latents < 1e-5

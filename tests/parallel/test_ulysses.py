@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dax.parallel.ulysses import Axes, words
+from dax.parallel import window
+from dax.parallel.messages import Axes, words
 from tests.parallel import tasks
 
 LAYOUTS = [  # ranks, B, S, H, ulysses, rows, align, chunks
@@ -28,6 +29,13 @@ def test_attention_equals_one_process(ranks, case):
         assert difference <= 2e-7
 
 
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_so_it_does_through_a_window(ranks, case):
+    count, *layout = case
+    for difference in ranks(count).run(tasks.attention, *layout, torch.float32, True):
+        assert difference <= 2e-7
+
+
 @pytest.mark.parametrize("count", (2, 4))
 def test_bfloat16_travels_too(ranks, count):
     for difference in ranks(count).run(tasks.attention, 1, 37, 4, count, 1, 1, 1, torch.bfloat16):
@@ -49,16 +57,57 @@ EIGHT_BITS = [  # ranks, B, S, H, ulysses, rows, chunks
 ]
 
 
+@pytest.mark.parametrize("window", (False, True), ids=("messages", "window"))
 @pytest.mark.parametrize("case", EIGHT_BITS, ids=str)
-def test_eight_bits_on_the_wire_change_no_bit(ranks, case):
+def test_eight_bits_on_the_wire_change_no_bit(ranks, case, window):
     """Scales, shift and range come from all tokens, whoever holds them: any number of ranks gives the same integers."""
     count, *layout = case
-    assert set(ranks(count).run(tasks.int8, *layout)) == {0.0}
+    assert set(ranks(count).run(tasks.int8, *layout, "8bit", window)) == {0.0}
 
 
-def test_eight_bits_made_after_a_plain_wire(ranks):
+@pytest.mark.parametrize("window", (False, True), ids=("messages", "window"))
+def test_eight_bits_made_after_a_plain_wire(ranks, window):
     """Then keys and queries are rounded to 16 bits on the way, and a few integers may come out next to the others."""
-    assert max(ranks(2).run(tasks.int8, 1, 391, 4, 2, 1, 2, "plain")) < 0.003
+    assert max(ranks(2).run(tasks.int8, 1, 391, 4, 2, 1, 2, "plain", window)) < 0.003
+
+
+IN_A_ROW = [  # ranks, (B, S, H, ulysses, rows) of one attention after the other
+    (2, [(1, 391, 4, 2, 1), (1, 391, 4, 2, 1), (2, 260, 3, 2, 1), (1, 780, 5, 1, 2)]),
+    (3, [(1, 400, 4, 3, 1), (1, 391, 4, 3, 1)]),
+    (4, [(2, 520, 5, 2, 2), (1, 520, 5, 4, 1)]),
+]
+
+
+@pytest.mark.parametrize("chunks", (0, 3))
+@pytest.mark.parametrize("kernel", ("sdpa", "int8"))
+@pytest.mark.parametrize("case", IN_A_ROW, ids=lambda case: f"{case[0]} ranks")
+def test_one_memory_serves_one_attention_after_the_other(ranks, case, kernel, chunks):
+    """Of other sizes and other data, bit for bit as by messages, whichever rank is late."""
+    count, layouts = case
+    answers = ranks(count).run(tasks.in_a_row, kernel, layouts, chunks, 1)
+    assert all(same for same, _, _ in answers)
+    (held,) = {tuple(held.items()) for _, held, _ in answers}
+    assert dict(held).keys() == {"operands", "output"} and not any(left for _, _, left in answers)
+
+
+@pytest.mark.parametrize("without", (0, 1), ids=("operands", "outputs"))
+def test_a_missing_barrier_would_be_seen(ranks, without):
+    layouts = [(1, 391, 4, 2, 1)] * 3
+    assert not all(same for same, _, _ in ranks(2).run(tasks.in_a_row, "sdpa", layouts, 0, 1, without))
+
+
+def test_long_runs_are_copied_one_by_one(monkeypatch):
+    """Which is what a GPU's copy engines take, and gives the same bits."""
+    copied, whole = [], torch.arange(2 * 3 * 8 * 16, dtype=torch.int8).view(2, 3, 8, 16)
+    into = torch.zeros(2, 3, 20, 16, dtype=torch.int8)
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda x, y: copied.append(x.is_contiguous()) or copy(x, y))
+    for run, calls in ((8 * 16 + 1, [False]), (8 * 16, [True] * 6)):
+        copied.clear()
+        monkeypatch.setattr(window, "RUN", run)
+        window.put(into[:, :, 4:12], whole, Axes(2, 1))
+        assert copied == calls and torch.equal(into[:, :, 4:12], whole) and not into[:, :, 12:].any()
+        into.zero_()
 
 
 ATTEMPTS = 3  # on a machine that does other things too, a sleep may last longer than it should

@@ -1,0 +1,171 @@
+"""The exchange of an attention through memory that the ranks of one host see of each other: bytes only, no messages.
+
+A rank writes its tokens where each peer's attention will read them, in the order it wants, and its output where each
+peer's next layer will: nothing is packed, joined or put in place. What lies together goes by the GPUs' copy engines,
+which take no processors, on a stream of its own beside the attention of the chunk before.
+
+One place for each operand and for the output is enough. A rank writes a layer's operands after it has left the last
+barrier of the layer before, which a peer enters after its attention has read what was there; it writes a layer's output
+after it has left that layer's first barrier, which a peer enters after it has consumed the output that was there.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from itertools import product
+from math import prod
+
+import torch
+
+from dax.parallel.messages import Axes, taken, whole_rooms, words
+from dax.parallel.shared_memory import memory_of, problem, tried
+from dax.parallel.topology import Layout
+
+ALIGN = 256  # bytes: where an operand begins
+RUN = 2**20  # bytes: what lies together for so long is worth a copy of its own, by a copy engine
+OUTPUT = Axes(1, 2)
+
+
+class Window:
+    """What messages.Messages does, through the memory of the ranks of `wire`, all on one host.
+
+    Its memory is allotted by the first attention that needs as much, on all ranks, and kept until `close`. Models may
+    share a window if they run one after the other, in the same order on every rank.
+    """
+
+    def __init__(self, wire, device: str):
+        self.wire, self.device = wire, device
+        self.held: dict = {}
+        self.stream = torch.cuda.Stream(priority=-1) if device == "cuda" else None
+
+    def bring(self, layout: Layout, operands: tuple, axes: list[Axes], chunk: int, chunks: int) -> Callable:
+        """Start to write a head chunk of every operand to all; returns a function that waits and gives what came."""
+        rank = self.wire.rank
+        rooms = [places(layout, operands, axes, other, chunks) for other in range(layout.ranks)]
+        memory = self.memory("operands", max(end for _, end in rooms))
+
+        def write(other: int) -> None:
+            start, end = layout.head_chunk(other % layout.ulysses, chunk, chunks)
+            for x, axis, (offset, shape) in zip(operands, axes, rooms[other][0][chunk]):
+                entries = axis.entries(layout, other)
+                if end > start and axis.travels(layout) and entries[rank]:
+                    into = taken(memory.peers[other][offset:], x.dtype, shape)
+                    part = x.narrow(axis.heads, start, end - start)
+                    put(into.narrow(axis.tokens, sum(entries[:rank]), entries[rank]), part, axis)
+
+        arrived = self.written(write, range(layout.ranks), barrier=True)
+        start, end = layout.head_chunk(rank % layout.ulysses, chunk, chunks)
+
+        def arrive() -> tuple:
+            arrived()
+            return tuple(
+                taken(memory.peers[rank][offset:], x.dtype, shape)
+                if axis.travels(layout)
+                else x.narrow(axis.heads, start, end - start)
+                for x, axis, (offset, shape) in zip(operands, axes, rooms[rank][0][chunk])
+            )
+
+        return arrive
+
+    def give_back(self, layout: Layout, o: torch.Tensor, chunk: int, chunks: int) -> Callable:
+        """Start to write a chunk's output [B, S of the row, h, D] to the ranks of its tokens; returns a function that
+        waits for all of theirs, in `whole`. The last chunk's barrier is for the operands' memory too."""
+        peers = layout.peers(self.wire.rank)
+        start, end = layout.head_chunk(self.wire.rank % layout.ulysses, chunk, chunks)
+        outputs = self.outputs(layout, o)
+        parts = dict(zip(peers, o.split([layout.token_sizes[peer] for peer in peers], 1)))
+
+        def write(other: int) -> None:
+            if parts[other].numel():
+                put(outputs[other][:, :, start:end], parts[other], OUTPUT)
+
+        arrived = self.written(write, peers, barrier=chunk + 1 == chunks)
+        return lambda whole, kept=o: arrived()  # what is read beside the main stream stays until that was waited for
+
+    def whole(self, layout: Layout, o: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens of all heads, [B, s, H, D], where the others have written them."""
+        return self.outputs(layout, o)[self.wire.rank]
+
+    def outputs(self, layout: Layout, o: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's `whole`."""
+        shapes = [(o.shape[0], tokens, layout.heads, o.shape[3]) for tokens in layout.token_sizes]
+        memory = self.memory("output", max(map(prod, shapes)) * o.element_size())
+        return [taken(peer, o.dtype, shape) for peer, shape in zip(memory.peers, shapes)]
+
+    def written(self, write: Callable, ranks, barrier: bool) -> Callable:
+        """write(rank) for every rank, then perhaps a barrier; returns a function that has the main stream wait.
+
+        A rank's own part is written on the main stream, where it was read last: what travels runs beside it.
+        """
+        rank, barred = self.wire.rank, self.held["operands"].barrier
+        if self.wire.tick is not None:
+            self.wire.tick()
+        with torch.no_grad(), self.beside():
+            for other in sorted(ranks, key=lambda other: (other - rank) % self.wire.ranks):  # not all to one at a time
+                if other != rank:
+                    write(other)
+            if barrier:
+                barred()
+        with torch.no_grad():
+            write(rank)
+        if self.stream is None:
+            return lambda: None
+        done = self.stream.record_event()
+        return lambda: torch.cuda.current_stream().wait_event(done)
+
+    @contextmanager
+    def beside(self):
+        """Inside, work goes to the window's stream, after what the main stream was given so far."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def memory(self, name: str, size: int):
+        """At least so many bytes of every rank. Collective when they must grow, and all ranks ask for the same."""
+        if name not in self.held or self.held[name].size < size:
+            self.held.pop(name, None)  # first give back, then take
+            self.held[name] = memory_of(self.wire, size, self.device)
+        return self.held[name]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.held.clear()
+
+
+def opened(wire, device: str) -> tuple[Window | None, str | None]:
+    """(the window of a wire's ranks or None, why there is none). Collective: all ranks come to the same answer."""
+    why = problem(wire, device) or tried(wire, device)
+    return (None, why) if why else (Window(wire, device), None)
+
+
+def places(layout: Layout, operands: tuple, axes: list[Axes], rank: int, chunks: int) -> tuple[list, int]:
+    """Where a rank has its operands: for each chunk, the (offset in bytes, shape) of each; and where they end."""
+    found, offset = [], 0
+    for chunk in range(chunks):
+        start, end = layout.head_chunk(rank % layout.ulysses, chunk, chunks)
+        found.append([])
+        for x, axis in zip(operands, axes):
+            shape = list(x.shape)
+            shape[axis.heads] = end - start
+            if axis.travels(layout):
+                shape[axis.tokens] = sum(axis.entries(layout, rank))
+            found[-1].append((offset, tuple(shape)))
+            if axis.travels(layout):
+                offset = whole_rooms(offset + prod(shape) * x.element_size(), ALIGN)
+    return found, offset
+
+
+def put(into: torch.Tensor, part: torch.Tensor, axis: Axes) -> None:
+    """Copy bit by bit: long runs one by one, which a GPU gives to a copy engine, all else in words at once."""
+    into, part = words(into, axis), words(part, axis)
+    word = min(into.dtype, part.dtype, key=lambda dtype: dtype.itemsize)
+    into, part, lead = into.view(word), part.view(word), 0
+    while not (into[(0,) * lead].is_contiguous() and part[(0,) * lead].is_contiguous()):
+        lead += 1
+    if prod(part.shape[lead:]) * word.itemsize < RUN:
+        into.copy_(part)
+        return
+    for index in product(*map(range, part.shape[:lead])):
+        into[index].copy_(part[index])
