@@ -7,8 +7,11 @@ import time
 from pathlib import Path
 
 
-def meet(fault, note, agreed=None):
-    """Rank 1 meets the fault in the second of three rounds of a collective, and notes when; the other waits for it."""
+def meet(fault, note, agreed=None, window=False):
+    """Rank 1 meets the fault in the second of three rounds of a collective, and notes when; the other waits for it.
+
+    window   in the barrier of memory that both see
+    """
     from dax.parallel import board
     from dax.parallel.join import joined, place
 
@@ -17,14 +20,18 @@ def meet(fault, note, agreed=None):
         import torch
         import torch.distributed as dist
 
+        from dax.parallel.shared_memory import memory_of
+        from dax.parallel.wire import Wire
+
         mine, total = board.mine(), torch.ones(1)
+        memory = memory_of(Wire(dist.group.WORLD), 256, "cpu") if window else None
         for turn in range(3):
             mine.enter(f"round {turn + 1}", patience_s=2.0)
             if turn == 1 and here.rank == 1:
                 Path(note).write_text(str(time.monotonic()))
                 strike(fault)
             mine.tick()
-            dist.all_reduce(total)
+            memory.barrier() if window else dist.all_reduce(total)
         return here.count, total.item()
 
 

@@ -26,11 +26,11 @@ BUDGET_S = 5.0  # from the fault to the line, the promise of the contract
 def failing(tmp_path):
     """failing(fault, agreed): (the DaxError of a run with that fault, seconds from the fault to it). Nobody is left."""
 
-    def run(fault, agreed=None):
+    def run(fault, agreed=None, window=False):
         before, note = set(psutil.Process().children(recursive=True)), tmp_path / "note"
         note.write_text("nan")
         with pytest.raises(DaxError) as caught:
-            run_ranks(runs.meet, (fault, str(note), agreed), 2)
+            run_ranks(runs.meet, (fault, str(note), agreed, window), 2)
         now = time.monotonic()
         left = set(psutil.Process().children(recursive=True)) - before
         assert not [process for process in left if "spawn_main" in " ".join(process.cmdline())]
@@ -59,14 +59,16 @@ def test_two_runs_at_once_and_no_rank_outlives_its_parent(tmp_path):
 
 @pytest.mark.fault(46)
 @pytest.mark.parametrize(
-    ("fault", "line"),
+    ("fault", "line", "window"),
     (
-        ("kill", "rank 1 killed by SIGKILL during round 2"),
-        ("exit", "rank 1, during round 2: left early with exit code 0"),
+        ("kill", "rank 1 killed by SIGKILL during round 2", False),
+        ("exit", "rank 1, during round 2: left early with exit code 0", False),
+        ("kill", "rank 1 killed by SIGKILL during round 2", True),
     ),
 )
-def test_a_rank_that_is_gone_is_named(failing, fault, line):
-    error, seconds = failing(fault)
+def test_a_rank_that_is_gone_is_named(failing, fault, line, window):
+    """Wherever the other waits for it: in a collective, or in a window's barrier."""
+    error, seconds = failing(fault, window=window)
     print(f"{fault}: {seconds:.1f} s from the fault to the line")
     assert str(error).startswith(line) and error.exit_code == 7
     assert seconds < BUDGET_S

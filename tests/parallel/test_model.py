@@ -35,6 +35,21 @@ def test_and_through_a_window(ranks, count, parallel):
         assert freed == 2, "operands and output"
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("two_experts", {"cfg": 1, "ulysses": 2}, False, {"offload": "experts"}),
+        ("member", "build_vace_pipe", 2, {"cfg": 1, "rows": 2}, {}, {}),
+        ("member", "build_ti2v_pipe", True, {"cfg": 1, "ulysses": 2}, {"height": 160, "width": 96}, {}),
+    ],
+    ids=("two experts", "VACE", "a timestep for each token"),
+)
+def test_one_window_serves_all_layers_of_a_pipeline(ranks, case):
+    for latents, restored, *_ in ranks(2).run(tasks.through_a_window, *case):
+        assert latents < 1e-5
+        assert restored
+
+
 def test_without_guidance(ranks):
     for latents, _, _, _ in ranks(2).run(tasks.model, {"cfg": 1}, 1.0):
         assert latents < 1e-5
