@@ -79,6 +79,7 @@ def resolve(
         attention="bf16" if attention.KERNELS[kernel].exact else "8bit",
         linear="8bit" if linear.active else "bf16",
         joint=plan.cache.policy == "none" or (plan.cache.uncond_every == 1 and plan.cache.drop_uncond == 0),
+        eager=compiled == "none",
     )
     notes += said
     check_reuse(plan, facts)

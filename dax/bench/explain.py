@@ -17,6 +17,7 @@ from dax.cache.step_plan import flow_sigmas
 from dax.errors import DaxError, nearest
 from dax.facts import Facts
 from dax.generate.steps import schedule
+from dax.parallel.cost import window_bytes
 from dax.parallel.planner import Ranks, predictions
 from dax.parallel.topology import Topology, topologies
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
@@ -143,13 +144,17 @@ def expected(plan: Plan, facts: Facts, machine, ranks: Ranks, forwards: int) -> 
     cluster = costs.cluster(plan, machine, ranks.node)
     wire_bytes = 1 if plan.parallel.wire == "8bit" else 2
     own = Topology(plan.parallel.cfg, plan.parallel.ulysses, plan.parallel.rows)
-    (chosen,) = predictions(facts, ranks.tokens, [own], cluster, plan.parallel.overlap, wire_bytes)
-    others = predictions(facts, ranks.tokens, topologies(ranks.count, facts.num_heads), cluster, None, wire_bytes)
+    known = {"cluster": cluster, "wire_bytes": wire_bytes, "eager": plan.compile == "none"}
+    (chosen,) = predictions(facts, ranks.tokens, [own], chunks=plan.parallel.overlap, **known)
+    others = predictions(facts, ranks.tokens, topologies(ranks.count, facts.num_heads), **known)
     (alone,) = predictions(facts, ranks.tokens, [Topology()], cluster)
     return [
         {
             "topology": str(found.topology),
             "chunks": found.chunks,
+            "window_gib": window_bytes(facts, ranks.tokens, found.topology, wire_bytes) / 2**30
+            if found.window
+            else 0.0,
             "layer_ms": found.layer_ms,
             "exchange_ms": found.exchange_ms,
             "exposed_ms": found.exposed_ms,

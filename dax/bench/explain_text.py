@@ -40,7 +40,13 @@ def text(result: dict) -> str:
         lines += ["", "what another setting would make of it, expected", table(rows, columns)]
     if result["ranks"]:
         head = f"{result['num_ranks']} ranks, {result['ranks_per_node']} per node: expected, the plan's own way first"
-        columns = {"topology": "topology", "chunks": "chunks", "layer_ms": "ms/layer", "exchange_ms": "exchange ms"}
+        columns = {
+            "topology": "topology",
+            "chunks": "chunks",
+            "window_gib": "window GiB",
+            "layer_ms": "ms/layer",
+            "exchange_ms": "exchange ms",
+        }
         columns |= {"exposed_ms": "exposed ms", "denoise_s": "denoise s", "speedup": "times one", "efficiency_pct": "%"}
         lines += ["", head, table(result["ranks"], columns)]
     return "\n".join(lines)

@@ -36,8 +36,10 @@ from dax.generate.stages import (
 from dax.generate.steps import checkpoint_of, schedule
 from dax.hardware import Machine, machine
 from dax.models.tiny import FOLDER
+from dax.parallel.cost import window_bytes
 from dax.parallel.join import Place, place
 from dax.parallel.launch import run_ranks
+from dax.parallel.topology import Topology
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
 from dax.provenance import check_min_psnr, computes, read_measured
 from dax.resolve import Resolved, resolve
@@ -148,8 +150,12 @@ def settle(job: Job) -> Settled:
     )  # `auto` is yet to be timed
     asked = asked.model_copy(update={"parallel": parallel})
     others = checked.parameters - facts.num_experts * facts.num_parameters
-    weights = others * dtype.itemsize + experts_bytes(facts, resolved.plan, dtype.itemsize)
-    check_memory(facts, request, weights, dtype.itemsize, here.memory_gib)
+    kept = others * dtype.itemsize + experts_bytes(facts, resolved.plan, dtype.itemsize)
+    if here.device == "cuda" and resolved.plan.compile == "none":
+        part = resolved.plan.parallel
+        topology, wire_bytes = Topology(part.cfg, part.ulysses, part.rows), 1 if part.wire == "8bit" else 2
+        kept += window_bytes(facts, shares.tokens, topology, wire_bytes)
+    check_memory(facts, request, kept, dtype.itemsize, here.memory_gib)
     schedule(resolved.plan.cache, resolved.calibration, facts, request, checkpoint)
     measured = read_measured(job.plan) if job.plan else None
     elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []

@@ -38,8 +38,8 @@ def ways_of(chunks: int, auto: bool, window) -> list[Way]:
 
 def admitted(
     backend, sequence, tokens: int, ways: list[Way], head_dim: int, turn, device: str, travel=None
-) -> tuple[Way, str]:
-    """(the way to take, the time of an attention each way, in words). Collective.
+) -> tuple[Way, list[float]]:
+    """(the way to take, the milliseconds of an attention each way). Collective.
 
     backend, travel   as in ulysses.shared;  turn  one that leaves queries and keys as they are
     Every rank comes to the same answer: the slowest rank's time counts. Takes four attentions of `tokens` tokens a way.
@@ -73,7 +73,7 @@ def admitted(
     for number, spent in enumerate(slowest):
         if spent < MARGIN * slowest[best]:
             best = number
-    return ways[best], ", ".join(f"{1e3 * spent:.2f} ms {way}" for way, spent in zip(ways, slowest))
+    return ways[best], [1e3 * spent for spent in slowest]
 
 
 def wait(device: str) -> None:

@@ -48,8 +48,9 @@ def apply_parallel(target, parallel, device: str, plain, turn, auto: bool, token
                 ways = ways_of(parallel.overlap, auto and device == "cuda", window)
                 way = ways[-1]
                 if len(ways) > 1 and device == "cuda":
-                    way, found = admitted(own, sequence, size, ways, target.facts.head_dim, turn, device, travel)
-                    said.append(f"parallel: one attention of {size} tokens takes {found}; taken: {way}")
+                    way, times = admitted(own, sequence, size, ways, target.facts.head_dim, turn, device, travel)
+                    told = ", ".join(f"{spent:.2f} ms {each}" for spent, each in zip(times, ways))
+                    said.append(f"parallel: one attention of {size} tokens takes {told}; taken: {way}")
                     if window and not way.window:
                         window.close()
                 parallel = parallel.model_copy(update={"overlap": way.chunks})

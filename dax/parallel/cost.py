@@ -5,7 +5,7 @@ computation; `predict` says the time of each part. Rates and links are measured 
 figure that comes out is a prediction.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from dax.facts import Facts
@@ -30,6 +30,7 @@ class Cluster:
     linear, attention, cross  FLOP/s of the block's GEMMs, of self-attention with its quantisation, of cross-attention
     traffic    elementwise bytes of a block in units of one bf16 activation, 2 S C;  memory  bytes/s of device memory
     node       ranks of one node, joined by `inside`; nodes are joined by `between`
+    direct     the same GPUs through a window (window.py), or None: they do not see each other's memory
     tax        share of a hidden exchange that computation loses to it: the collective's own use of the processors
     """
 
@@ -41,7 +42,12 @@ class Cluster:
     node: int
     inside: Link
     between: Link
+    direct: Link | None = None
     tax: float = 0.12
+
+    def window(self, topology: Topology) -> bool:
+        """Whether the ranks that share tokens may exchange through a window."""
+        return self.direct is not None and 1 < topology.sequence <= self.node
 
 
 # All-to-all on 2 x H200 over NVLink: 25 MiB at 123 GB/s to 387 MiB at 260 GB/s; see docs/parallelism.md.
@@ -50,6 +56,7 @@ LINKS = {
     "pcie": Link(60e-6, 14e9),
     "infiniband": Link(45e-6, 42e9),
 }
+DIRECT = Link(20e-6, 360e9)  # through a window, over NVLink's 18 links: a guess from public figures, not measured yet
 NVLINK = ("a100", "h20", "h100", "h200", "b200")
 TRAFFIC = {"8bit": 20.5, "bf16": 23.4}  # of a fused block
 
@@ -63,7 +70,7 @@ def cluster_of(machine, attention: str, linear: str, node: int = 8) -> Cluster |
         return None
     peak = {"bf16": machine.peak_tflops["bf16"] * 1e12, "8bit": machine.peak_tflops.get("int8", 0) * 1e12}
     name = machine.name.lower()
-    inside = LINKS["nvlink" if any(card in name for card in NVLINK) and "pcie" not in name else "pcie"]
+    joined = any(card in name for card in NVLINK) and "pcie" not in name
     eight = {"8bit": "int8", "bf16": "bf16"}[linear]
     return Cluster(
         linear=LINEAR_REACHES[eight] * peak[linear],
@@ -72,8 +79,9 @@ def cluster_of(machine, attention: str, linear: str, node: int = 8) -> Cluster |
         memory=TRAFFIC_REACHES["fused"] * machine.bandwidth_tbs * 1e12,
         traffic=TRAFFIC[linear],
         node=node,
-        inside=inside,
+        inside=LINKS["nvlink" if joined else "pcie"],
         between=LINKS["infiniband"],
+        direct=DIRECT if joined else None,
     )
 
 
@@ -83,6 +91,7 @@ class Prediction:
 
     compute   over the topology's ranks, copies around the exchange included
     exchange  all of it, hidden or not;  exposed  the part nothing hides;  tax  what hiding costs
+    window    whether it goes through one, or by messages
     layer_ms  compute + exposed + tax
     """
 
@@ -93,6 +102,7 @@ class Prediction:
     exposed_ms: float
     tax_ms: float
     speedup: float
+    window: bool = False
 
     @property
     def layer_ms(self) -> float:
@@ -104,27 +114,36 @@ class Prediction:
 
 
 def predict(
-    facts: Facts, tokens: int, topology: Topology, cluster: Cluster, chunks: int = 1, wire_bytes: int = 2, branches=2
+    facts: Facts,
+    tokens: int,
+    topology: Topology,
+    cluster: Cluster,
+    chunks: int = 1,
+    wire_bytes: int = 2,
+    branches: int = 2,
+    window: bool = False,
 ) -> Prediction:
     """What one layer takes on a topology.
 
     chunks      head chunks that hide the exchange under attention; 0 hides nothing
     wire_bytes  per element of q, k and v on the wire; the output always has 2
     branches    forwards per step: 2 with guidance
+    window      exchanges go through one: copy engines take no processors from what runs beside them
     """
-    compute = compute_s(facts, tokens, topology, cluster) + copy_s(facts, tokens, topology, cluster, wire_bytes)
-    total, exposed = exchanges_s(facts, tokens, topology, cluster, chunks, wire_bytes)
-    tax = cluster.tax * (total - exposed)
+    copies = copy_s(facts, tokens, topology, cluster, wire_bytes, window)
+    compute = compute_s(facts, tokens, topology, cluster) + copies
+    total, exposed = exchanges_s(facts, tokens, topology, cluster, chunks, wire_bytes, window)
+    tax = 0.0 if window else cluster.tax * (total - exposed)
     layer = compute + exposed + tax
     rounds = ceil(branches / topology.cfg)
     alone = compute_s(facts, tokens, Topology(), cluster)
     latents = exchange_s(4 * facts.out_channels * tokens * 4, 2, cluster) if topology.cfg > 1 else 0.0
     speedup = branches * facts.num_blocks * alone / (rounds * facts.num_blocks * layer + latents)
-    return Prediction(topology, chunks, 1e3 * compute, 1e3 * total, 1e3 * exposed, 1e3 * tax, speedup)
+    return Prediction(topology, chunks, 1e3 * compute, 1e3 * total, 1e3 * exposed, 1e3 * tax, speedup, window)
 
 
 def exchanges_s(
-    facts: Facts, tokens: int, topology: Topology, cluster: Cluster, chunks: int, wire_bytes: int
+    facts: Facts, tokens: int, topology: Topology, cluster: Cluster, chunks: int, wire_bytes: int, window: bool = False
 ) -> tuple[float, float]:
     """(seconds of a layer's exchanges, seconds of them that nothing hides)."""
     u, r, sequence = topology.ulysses, topology.rows, topology.sequence
@@ -133,12 +152,14 @@ def exchanges_s(
     share, heads = tokens * facts.width / sequence, ceil(facts.num_heads / u)  # elements of q, k, v or o on one rank
     q, kv = share * (1 - 1 / u), share * (r - 1 / u)
 
-    def seconds(elements: float, ranks: int, size: int, part: float) -> float:
-        return exchange_s(elements * size * part, ranks, cluster)
+    carrier = replace(cluster, inside=cluster.direct) if window else cluster
 
-    def inputs(part: float) -> float:  # 8 bits in one message
-        if wire_bytes == 1:
-            return seconds(q + 2 * kv, sequence, 1, part)
+    def seconds(elements: float, ranks: int, size: int, part: float) -> float:
+        return exchange_s(elements * size * part, ranks, carrier)
+
+    def inputs(part: float) -> float:  # 8 bits in one message; a window has one barrier for all
+        if wire_bytes == 1 or window:
+            return seconds(q + 2 * kv, sequence, wire_bytes, part)
         return seconds(q, u, 2, part) + 2 * seconds(kv, sequence, 2, part)
 
     stats, unseen = 0.0, 0.0
@@ -182,17 +203,33 @@ def compute_s(facts: Facts, tokens: int, topology: Topology, cluster: Cluster, o
     return (attention + linear + cross + cluster.traffic * 2 * S * C / cluster.memory) / topology.sequence
 
 
-def copy_s(facts: Facts, tokens: int, topology: Topology, cluster: Cluster, wire_bytes: int) -> float:
-    """Seconds to pack operands for the exchange and to lay out what arrives; 8-bit operands keep heads first."""
+def copy_s(
+    facts: Facts, tokens: int, topology: Topology, cluster: Cluster, wire_bytes: int, window: bool = False
+) -> float:
+    """Seconds to pack operands for the exchange and to lay out what arrives; 8-bit operands keep heads first.
+
+    Through a window only what a rank keeps is copied, to where it is attended.
+    """
     u, r, sequence = topology.ulysses, topology.rows, topology.sequence
     if sequence == 1:
         return 0.0
     share = tokens * facts.width / sequence
+    if window:
+        return 2 * (wire_bytes * ((u > 1) + 2) + 2) * share / u / cluster.memory
     whole = (u > 1) * share + 2 * share * r  # q goes to one row, k and v to all
     packed, laid_out = whole, 0.0
     if wire_bytes == 1:  # joined on arrival, where this rank's own part waits
         packed, laid_out = whole - (u > 1) * share / u - 2 * share / u, whole
     return 2 * (wire_bytes * (packed + laid_out) + 2 * share) / cluster.memory
+
+
+def window_bytes(facts: Facts, tokens: int, topology: Topology, wire_bytes: int) -> int:
+    """What a window keeps on each rank: the operands of its heads and the output of its tokens, in 16 bits."""
+    u, whole = topology.ulysses, tokens * facts.width
+    if topology.sequence == 1:
+        return 0
+    operands = wire_bytes * ((u > 1) / topology.rows + 2) * ceil(facts.num_heads / u) / facts.num_heads
+    return int(whole * (operands + 2 / topology.sequence))
 
 
 def exchange_s(leaving: float, ranks: int, cluster: Cluster) -> float:

@@ -1,6 +1,7 @@
 """Which topology to take: all that fit are costed (`cost.py`), and each `auto` of a plan's parallel part is decided."""
 
 from dataclasses import dataclass
+from itertools import product
 
 from dax.errors import DaxError
 from dax.facts import Facts
@@ -19,8 +20,10 @@ def predictions(
     chunks: int | None = None,
     wire_bytes: int = 2,
     branches: int = 2,
+    eager: bool = True,
 ) -> list[Prediction]:
-    """Of every topology with its best number of head chunks, or with `chunks`; the one to take comes first.
+    """Of every topology with its best number of head chunks, or with `chunks`, by messages or through a window where
+    GPUs have one and blocks are `eager`; the one to take comes first.
 
     Topologies within 1 % of the shortest step count as equal, since the model knows no better: among them, that with
     most branches comes first, then that with most head groups, which keep least in memory.
@@ -30,7 +33,8 @@ def predictions(
         alone = topology.ulysses == topology.sequence == 1
         most = max(1, facts.num_heads // topology.ulysses)
         tried = (chunks,) if chunks is not None else (0,) if alone else [n for n in (0, *CHUNKS) if n <= most]
-        each = [predict(facts, tokens, topology, cluster, count, wire_bytes, branches) for count in tried]
+        ways = product(tried, (False, True) if eager and cluster.window(topology) else (False,))
+        each = [predict(facts, tokens, topology, cluster, count, wire_bytes, branches, way) for count, way in ways]
         found.append(max(each, key=lambda p: p.speedup))
     enough = 0.99 * max(p.speedup for p in found)
 
@@ -66,12 +70,14 @@ def resolve_parallel(
     attention: str = "bf16",
     linear: str = "bf16",
     joint: bool = True,
+    eager: bool = True,
 ) -> tuple:
     """(the plan's parallel part with every `auto` decided, notes). DaxError("bad_request") for degrees that do not fit.
 
     travels            whether the attention kernel has 8-bit operands that can travel as such
     attention, linear  "8bit" or "bf16": their arithmetic
     joint              whether both guidance branches compute the same steps
+    eager              whether blocks run as they are, and not compiled
     """
     if asked.cfg == 2 and not joint:
         raise DaxError(
@@ -97,7 +103,8 @@ def resolve_parallel(
         whole = [t for t in topologies if facts.num_heads % t.ulysses == 0] or topologies
         topology, chunks = max(whole, key=lambda t: (t.cfg, t.ulysses)), chunks or 0
     else:
-        found = predictions(facts, tokens, topologies, cluster, chunks, 1 if wire == "8bit" else 2, 1 + ranks.guided)
+        bytes_each, branches = 1 if wire == "8bit" else 2, 1 + ranks.guided
+        found = predictions(facts, tokens, topologies, cluster, chunks, bytes_each, branches, eager)
         topology, chunks = found[0].topology, found[0].chunks
         told = f"; predicted {found[0].speedup:.2f} times one ({found[0].efficiency_pct:.0f} %)"
     vae = "split" if asked.vae == "auto" else asked.vae

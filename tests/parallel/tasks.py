@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from dax.attention.backend import Turn, backend_of
 from dax.parallel import shared_memory
-from dax.parallel.admit import admitted
+from dax.parallel.admit import admitted, ways_of
 from dax.parallel.sequence import Sequence
 from dax.parallel.topology import Layout
 from dax.parallel.ulysses import shared
@@ -62,8 +62,12 @@ def int8(B, S, H, ulysses, rows, chunks, wire="8bit", window=False, D=64):
     return 0.0 if torch.equal(together, whole) else relative(together.float(), whole.float())
 
 
-def admission(latency_s, exchange_s, attend_s):
-    """What is admitted of 8 head chunks on such a link, when attention takes attend_s."""
+def admission(latency_s, exchange_s, attend_s, window=False):
+    """(chunks, whether through the window, milliseconds of each way) that is admitted of 8 head chunks or none on such
+    a link, when attention takes attend_s.
+
+    window   there is one, which is no slow link
+    """
     S, H, D = 64, 16, 16
     inner = Wire(dist.group.WORLD)
     leaving = 4 * S * H * D * 4 / inner.ranks * (inner.ranks - 1) / inner.ranks
@@ -74,7 +78,9 @@ def admission(latency_s, exchange_s, attend_s):
         return operands[0]
 
     sequence = Sequence(wire, H, inner.ranks, 1)
-    return admitted(replace(backend_of("sdpa"), attend=attend), sequence, S, 8, D, Turn(), "cpu")
+    ways = ways_of(8, True, Window(inner, "cpu") if window else None)
+    way, times = admitted(replace(backend_of("sdpa"), attend=attend), sequence, S, ways, D, Turn(), "cpu")
+    return way.chunks, way.window is not None, *times
 
 
 def in_a_row(kernel, layouts, chunks, late_rank=None, without=None):

@@ -3,13 +3,16 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.hardware import MACHINES
-from dax.parallel.cost import Link, cluster_of, predict
+from dax.parallel.cost import Link, cluster_of, predict, window_bytes
+from dax.parallel.messages import Axes
 from dax.parallel.planner import Ranks, predictions, resolve_parallel
-from dax.parallel.topology import Topology, topologies
+from dax.parallel.topology import Layout, Topology, topologies
+from dax.parallel.window import places
 from dax.plan import Parallel
 
 WAN14, WAN1 = FACTS["wan2.1-t2v-14b"], FACTS["wan2.1-t2v-1.3b"]
@@ -51,6 +54,33 @@ def test_eight_bits_halve_what_q_k_and_v_take_on_the_wire():
     link = replace(H200, inside=Link(0.0, 100e9))
     plain, small = (predict(WAN14, S, Topology(1, 2, 1), link, 0, wire_bytes).exchange_ms for wire_bytes in (2, 1))
     assert small / plain == pytest.approx((3 * 1 + 2) / (4 * 2), abs=0.01)  # the output keeps 16; means are few
+
+
+def test_a_window_costs_bytes_only():
+    """No copies around it but of what a rank keeps, no tax; not beyond a node, not in compiled blocks."""
+    two = Topology(1, 2, 1)
+    for chunks in (0, 5):
+        messages, window = (predict(WAN14, S, two, H200, chunks, 1, window=through) for through in (False, True))
+        assert window.layer_ms < messages.layer_ms and window.tax_ms == 0
+        assert window.compute_ms < messages.compute_ms and window.exposed_ms < messages.exposed_ms
+    assert first(WAN14, 2, wire_bytes=1, branches=1).window
+    assert not first(WAN14, 2, wire_bytes=1, branches=1, eager=False).window
+    assert not first(WAN14, 2, cluster=L20, branches=1).window and not first(WAN14, 2).window, "nothing to exchange"
+    assert not first(WAN14, 4, cluster=replace(H200, node=2), branches=1).window
+
+
+def test_what_a_window_keeps_is_known_before():
+    """The planner's estimate beside what the ranks allot, for 8-bit operands with their scales."""
+    from dax.attention.int8 import LAYOUT
+
+    for u, r in ((2, 1), (4, 2), (1, 2)):
+        layout, own = Layout(S, 40, u, r, 128), -(-S // (128 * u * r))
+        shapes = (40, 128 * own, 128), (40, 128 * own), (40, own, 128, 128), (40, own), (40, own, 128, 128), (40, 128)
+        sizes = [torch.empty(1, *shape, dtype=torch.int8, device="meta") for shape in shapes]
+        axes = [Axes(tokens, heads, per, query=i < 2) for i, (heads, tokens, per) in enumerate(LAYOUT)]
+        _, operands = places(layout, sizes, axes, 0, 5)
+        outputs = 2 * layout.token_sizes[0] * 40 * 128
+        assert window_bytes(WAN14, S, Topology(1, u, r), 1) == pytest.approx(operands + outputs, rel=0.02)
 
 
 def test_more_ranks_are_faster_and_never_more_than_all_of_them():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dax.parallel import window
+from dax.parallel.admit import ways_of
 from dax.parallel.messages import Axes, words
 from tests.parallel import tasks
 
@@ -131,8 +132,9 @@ def test_head_chunks_hide_the_exchange(ranks):
     assert any(exposed(8) < 0.3 for _ in tries)
 
 
-def test_head_chunks_are_admitted_only_where_they_pay(ranks):
-    """On a link with bandwidth to wait for they do; where every message costs and attention is short they do not."""
+def test_the_way_that_is_fastest_here_is_taken(ranks):
+    """On a link with bandwidth to wait for, head chunks are; where every message costs and attention is short they are
+    not; and a window beside a slow link is."""
 
     def admitted(*link) -> tuple:
         answers = ranks(2).run(tasks.admission, *link)
@@ -140,11 +142,19 @@ def test_head_chunks_are_admitted_only_where_they_pay(ranks):
         return answers[0]
 
     def pay() -> bool:
-        chunks, without_ms, with_ms = admitted(0.0, 0.05, 0.1)
+        chunks, _, without_ms, with_ms = admitted(0.0, 0.05, 0.1)
         return chunks == 8 and with_ms < 0.9 * without_ms
 
     assert any(pay() for _ in range(ATTEMPTS))
     assert any(admitted(0.01, 1e-6, 0.002)[0] == 0 for _ in range(ATTEMPTS))
+    assert any(admitted(0.005, 0.02, 0.002, True)[1] for _ in range(ATTEMPTS))
+
+
+def test_every_way_there_is_is_tried():
+    told = [str(way) for way in ways_of(5, True, object())]
+    assert told == ["serial", "in 5 chunks", "serial through the window", "in 5 chunks through the window"]
+    assert [str(way) for way in ways_of(5, False, None)] == ["in 5 chunks"]
+    assert [str(way) for way in ways_of(0, True, object())] == ["serial", "serial through the window"]
 
 
 @pytest.mark.parametrize("chunks", (1, 2, 3, 5))
