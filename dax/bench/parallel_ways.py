@@ -1,8 +1,8 @@
 """The ways to share the transformer's work that `dax bench parallel` times, each checked before it is.
 
 Every rank first times the whole model by itself: the baseline is the slower card. Then all ranks together time guidance
-and sequence parallelism, hidden and not, with both wires. A row's layer is what a block adds: the time with the blocks
-less the time without, over their number.
+and sequence parallelism, hidden and not, with both wires, by messages and through a window. A row's layer is what a
+block adds: the time with the blocks less the time without, over their number.
 """
 
 from collections.abc import Callable
@@ -32,29 +32,34 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Way:
-    """One way to share the work: a label, the plan's parallel part, and forwards that one call answers for."""
+    """One way to share the work: a label, the plan's parallel part, and forwards that one call answers for.
+
+    window   whether exchanges go through one, or by messages; None leaves it to what optimize() finds
+    """
 
     label: str
     parallel: dict
     branches: int = 1
+    window: bool | None = None
 
 
 ONE = Way("one GPU, the slower", {})
 
 
-def ways(gpus: int, chunks: int, eight_bits: bool) -> list[Way]:
-    """What is timed on so many GPUs. `chunks` head chunks where the exchange is hidden."""
+def ways(gpus: int, chunks: int, eight_bits: bool, window: bool = False) -> list[Way]:
+    """What is timed on so many GPUs. `chunks` head chunks where the exchange is hidden.
+
+    window   whether the GPUs see each other's memory
+    """
     share = {"cfg": 1, "ulysses": gpus, "rows": 1, "vae": "none"}
-    found = [
-        Way(f"ulysses {gpus}, serial", share | {"overlap": 0, "wire": "plain"}),
-        Way(f"ulysses {gpus}, {chunks} head chunks", share | {"overlap": chunks, "wire": "plain"}),
-    ]
-    if eight_bits:
-        found.append(Way(f"ulysses {gpus}, serial, 8-bit wire", share | {"overlap": 0, "wire": "8bit"}))
-        found.append(
-            Way(f"ulysses {gpus}, {chunks} head chunks, 8-bit wire", share | {"overlap": chunks, "wire": "8bit"})
-        )
-    found.append(Way(f"rows {gpus}, {chunks} head chunks", share | {"ulysses": 1, "rows": gpus, "overlap": chunks}))
+    found = []
+    for wire, named in (("plain", ""), ("8bit", ", 8-bit wire"))[: 1 + eight_bits]:
+        for through in (False, True)[: 1 + window]:
+            for overlap, order in ((0, "serial"), (chunks, f"{chunks} head chunks")):
+                label = f"ulysses {gpus}, {order}{named}" + ", window" * through
+                found.append(Way(label, share | {"overlap": overlap, "wire": wire}, window=through))
+    rows = share | {"ulysses": 1, "rows": gpus, "overlap": chunks}
+    found.append(Way(f"rows {gpus}, {chunks} head chunks", rows, window=False))
     if gpus % 2 == 0:
         half = {"cfg": 2, "ulysses": gpus // 2, "rows": 1, "vae": "none"}
         found.append(Way("cfg 2" + f" x ulysses {gpus // 2}" * (gpus > 2), half, branches=2))
@@ -64,18 +69,30 @@ def ways(gpus: int, chunks: int, eight_bits: bool) -> list[Way]:
 def one_rank(job: Job):
     """(the model of random weights, a pipeline around a twin under the plan, the twin's engine)"""
     transformer = build(job.facts, None, job.device, job.layers)
-    return transformer, *arranged(job.facts, transformer, job.plan, None)
+    return transformer, *arranged(job, transformer, None)
 
 
 def way_rows(job: Job, clock: RanksClock, before) -> list[dict]:
     """The rows of every way: first each result is checked, then all take turns. What is off is not timed."""
+    import torch.distributed as dist
     from torch import nn
 
+    from dax.parallel.window import opened
+    from dax.parallel.wire import Wire
+
     transformer, alone, engine = before
-    tried = [ONE, *ways(job.gpus, job.chunks, engine.plan.attention.kernel == "int8")]
+    window, why = opened(Wire(dist.group.WORLD), job.device)
+    if why:
+        clock.tell(f"no window: {why}")
+    tried = [ONE, *ways(job.gpus, job.chunks, engine.plan.attention.kernel == "int8", window is not None)]
     ready, errors, readings = {}, {}, {}
     for way in tried:
-        pipe = alone if way is ONE else arranged(job.facts, transformer, job.plan, way.parallel)[0]
+        pipe = alone if way is ONE else arranged(job, transformer, way.parallel)[0]
+        if way.window is not None:
+            sequence = pipe.transformer.blocks[0].attn1.processor.backend.sequence
+            if sequence.window:
+                sequence.window.close()  # optimize()'s own
+            sequence.window = window if way.window else None
         run = call_of(job.facts, job.pixels, pipe.transformer, job.device, way.branches)
         output = run().float()
         if way is ONE:
@@ -93,7 +110,7 @@ def way_rows(job: Job, clock: RanksClock, before) -> list[dict]:
             clock.tell(f"round {turn + 1} of {ROUNDS}, {label}: {ms:.1f} ms a call")
     rows = []
     for way in tried:
-        row = {"label": way.label, "parallel": way.parallel, "error": errors[way.label]}
+        row = {"label": way.label, "parallel": way.parallel, "window": way.window, "error": errors[way.label]}
         if way.label in ready:
             run, model = ready[way.label]
             blocks, model.blocks = model.blocks, nn.ModuleList()
@@ -111,21 +128,23 @@ def way_rows(job: Job, clock: RanksClock, before) -> list[dict]:
 
 def auto_rows(job: Job, clock: RanksClock, before) -> list[dict]:
     """What a plan that leaves sequence parallelism to `auto` comes to on these GPUs, measurements included."""
-    _, engine = arranged(job.facts, build(job.facts, None, job.device, 1), job.plan, {"cfg": 1})
+    _, engine = arranged(job, build(job.facts, None, job.device, 1), {"cfg": 1})
     rows = [{"label": note} for note in engine.notes if note.startswith("parallel")]
     for row in rows:
         clock.tell(row["label"])
     return rows
 
 
-def arranged(facts, transformer, plan, parallel: dict | None):
+def arranged(job: Job, transformer, parallel: dict | None):
     """(a pipeline around a twin of the transformer under the plan, its engine)."""
     import dax
 
-    pipe = pipeline([rivals.twin(transformer)], facts)
-    pipe._guidance_scale = facts.defaults.guidance_scale  # of a run: guidance is on
+    pipe = pipeline([rivals.twin(transformer)], job.facts)
+    pipe._guidance_scale = job.facts.defaults.guidance_scale  # of a run: guidance is on
     overrides = {"linear": {"keep_original": "none"}} | ({} if parallel is None else {"parallel": parallel})
-    return pipe, dax.optimize(pipe, plan, **overrides)  # nothing is undone, and the twins share their originals
+    return pipe, dax.optimize(
+        pipe, job.plan, tokens=job.facts.tokens(**job.pixels), **overrides
+    )  # nothing is undone, and the twins share their originals
 
 
 def call_of(facts, pixels: dict, model, device: str, branches: int) -> Callable:
@@ -158,7 +177,7 @@ def beside_one(rows: list[dict], gpus: int) -> None:
     """Add what the rows are beside the first, one GPU. Rows that were not timed get nothing.
 
     lost_ms      of a layer and branch, over an even share of one GPU's time
-    hidden_pct   of what the serial row with the same wire loses, the share that head chunks win back
+    hidden_pct   of what the serial row with the same wire, window or not, loses, the share that head chunks win back
     """
     timed = [row for row in rows if "ms_per_layer" in row]
     serial = {}
@@ -168,7 +187,7 @@ def beside_one(rows: list[dict], gpus: int) -> None:
         if not way:
             continue
         row["lost_ms"] = each - one / gpus
-        key = way["ulysses"], way["rows"], way.get("wire")
+        key = way["ulysses"], way["rows"], way.get("wire"), row.get("window")
         if way.get("overlap") == 0:
             serial[key] = row["lost_ms"]
         elif key in serial:
@@ -187,4 +206,5 @@ def predicted(way: Way, job: Job, plan) -> float | None:
     parallel, tokens = way.parallel, job.facts.tokens(**job.pixels)
     topology = Topology(parallel["cfg"], parallel["ulysses"], parallel["rows"])
     wire_bytes = 1 if plan.attention.kernel == "int8" and parallel.get("wire") != "plain" else 2
-    return predict(job.facts, tokens, topology, cluster, parallel.get("overlap", 0), wire_bytes).speedup
+    chunks, window = parallel.get("overlap", 0), bool(way.window)
+    return predict(job.facts, tokens, topology, cluster, chunks, wire_bytes, window=window).speedup

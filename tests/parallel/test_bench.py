@@ -19,6 +19,8 @@ def test_every_way_uses_every_gpu():
             assert degrees[0] * degrees[1] * degrees[2] == gpus and way.branches == degrees[0]
     wires = {way.parallel.get("wire") for way in ways(2, 5, eight_bits=False)}
     assert "8bit" not in wires, "only 8-bit attention has 8-bit operands"
+    labels = [way.label for way in ways(2, 5, eight_bits=True, window=True) if way.window]
+    assert labels[0] == "ulysses 2, serial, window" and labels[3] == "ulysses 2, 5 head chunks, 8-bit wire, window"
 
 
 def test_a_row_is_what_blocks_add():
@@ -29,17 +31,20 @@ def test_a_row_is_what_blocks_add():
 
 def test_rows_beside_one_gpu():
     """What is lost is counted from an even share; head chunks are credited against the serial row of the same wire."""
-    named = {way.label: way for way in (ONE, *ways(2, 5, eight_bits=True))}
+    named = {way.label: way for way in (ONE, *ways(2, 5, eight_bits=True, window=True))}
     times = {ONE.label: 100.0, "ulysses 2, serial": 60.0, "ulysses 2, 5 head chunks": 52.0, "cfg 2": 50.0}
+    times |= {"ulysses 2, serial, window": 58.0, "ulysses 2, 5 head chunks, window": 54.0}
     times |= {"ulysses 2, serial, 8-bit wire": 55.0, "ulysses 2, 5 head chunks, 8-bit wire": 51.0}
     rows = [
-        {"label": label, "parallel": named[label].parallel, "layer_and_branch_ms": ms} for label, ms in times.items()
+        {"label": label, "parallel": named[label].parallel, "window": named[label].window, "layer_and_branch_ms": ms}
+        for label, ms in times.items()
     ]
     rows = [row | {"ms_per_layer": row["layer_and_branch_ms"]} for row in rows]
     beside_one([*rows, wrong := {"label": "off", "parallel": {}, "error": 1.0}], 2)
     found = {row["label"]: row for row in rows}
     assert found["cfg 2"]["speedup"] == 2.0 and found["cfg 2"]["lost_ms"] == 0
     assert found["ulysses 2, 5 head chunks"]["hidden_pct"] == pytest.approx(80)
+    assert found["ulysses 2, 5 head chunks, window"]["hidden_pct"] == pytest.approx(50)
     assert found["ulysses 2, 5 head chunks, 8-bit wire"]["hidden_pct"] == pytest.approx(80)
     assert "speedup" not in wrong
 
