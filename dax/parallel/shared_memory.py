@@ -29,6 +29,8 @@ class OnGpus:
 
         self.size = size
         device = torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.mem_get_info()[0] < 2 * size:
+            torch.cuda.empty_cache()  # this comes from the driver: torch gives back what it only keeps
         with torch.inference_mode(False), without_multicast():
             own = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)  # no pool: freed when dropped
             self.handle = rendezvous(own, wire.group_name)

@@ -46,6 +46,19 @@ def strike(fault):
         time.sleep(60)
 
 
+def on_gpus(task, *calls):
+    """Answers of all ranks to each call of a task of tests.parallel.tasks, on GPUs."""
+    from dax.parallel.join import joined, place
+    from tests.parallel import tasks
+
+    with joined(place(), "cuda", {}):
+        import torch.distributed as dist
+
+        answers = [None] * place().count
+        dist.all_gather_object(answers, [getattr(tasks, task)(*call) for call in calls])
+        return answers
+
+
 def wait_forever(path):
     """Every rank writes its process id and waits."""
     part = Path(path) / f"{os.environ['RANK']}.part"

@@ -13,7 +13,7 @@ from dax.parallel.admit import admitted, ways_of
 from dax.parallel.sequence import Sequence
 from dax.parallel.topology import Layout
 from dax.parallel.ulysses import shared
-from dax.parallel.window import Window
+from dax.parallel.window import Window, opened
 from dax.parallel.wire import Wire, gather
 from tests.parallel import slow_link
 from tests.parallel.slow_link import DelayedWire
@@ -83,19 +83,19 @@ def admission(latency_s, exchange_s, attend_s, window=False):
     return way.chunks, way.window is not None, *times
 
 
-def in_a_row(kernel, layouts, chunks, late_rank=None, without=None):
+def in_a_row(kernel, layouts, chunks, late_rank=None, without=None, device="cpu"):
     """Whether attentions through one window are, bit for bit, what they are by messages.
 
     layouts     (B, S, H, ulysses, rows) of each: other sizes, other data, one memory
     late_rank   sleeps before it writes, before it attends and before it looks at the output
-    without     the kind of barrier that is left out, once memory is there: 0 of operands, 1 of outputs
+    without     the kind of barrier that is left out, once memory is there: 0 of operands, 1 of outputs; on CPUs
     """
     backend, wire = backend_of(kernel), Wire(dist.group.WORLD)
-    window, barrier, barriers = Window(wire, "cpu"), shared_memory.OnHost.barrier, []
+    window, barrier, barriers = Window(wire, device), shared_memory.OnHost.barrier, []
 
     def late():
         if wire.rank == late_rank:
-            time.sleep(0.02)
+            time.sleep(0.02) if device == "cpu" else torch.cuda._sleep(40_000_000)  # some 20 ms
 
     def attend(*args):
         late()
@@ -109,21 +109,40 @@ def in_a_row(kernel, layouts, chunks, late_rank=None, without=None):
     shares, wanted, same = [], [], []
     for number, (B, S, H, ulysses, rows) in enumerate(layouts):
         sequence = sequence_of(wire, S, H, ulysses, rows, backend.token_align)
-        shares.append((sequence, [sequence.shard(x + number, 1) for x in qkv(B, S, H, 64, torch.bfloat16)]))
+        whole = (x.to(device) + number for x in qkv(B, S, H, 64, torch.bfloat16))
+        shares.append((sequence, [sequence.shard(x, 1) for x in whole]))
         wanted.append(attend_with(shared(backend, sequence, chunks), *shares[-1][1]))
         sequence.window = window
     for sequence, share in shares[:1] * (without is not None):
         attend_with(shared(backend, sequence, chunks), *share)
     with mock.patch.object(shared_memory.OnHost, "barrier", counted if without is not None else barrier):
-        for (sequence, share), whole in zip(shares, wanted):
+        for (sequence, share), other in zip(shares, wanted):
             late()
             found = attend_with(shared(replace(backend, attend=attend), sequence, chunks), *share)
             late()
-            same.append(torch.equal(found, whole))
+            same.append((found == other).all())  # looked at in the end: until then nobody waits
     held = {name: memory.size for name, memory in window.held.items()}
     window.close()
     dist.barrier()
-    return all(same), held, window.held
+    return all(map(bool, same)), held, window.held
+
+
+def not_opened(fault):
+    """What `opened` answers on CPUs that count as seeing each other, with a fault on rank 1."""
+    wire = Wire(dist.group.WORLD)
+    wrong = wire.rank == 1
+
+    class Faulty(shared_memory.OnHost):
+        def __init__(self, wire, size):
+            super().__init__(wire, size)
+            if wrong and fault == "raises":
+                raise RuntimeError("no memory to be seen\nat all")
+            if wrong and fault == "unseen":
+                self.peers = [torch.zeros_like(peer) for peer in self.peers]
+
+    with seen_on_cpus(), mock.patch.object(shared_memory, "OnHost", Faulty):
+        window, why = opened(wire, "cpu")
+    return window is None, why
 
 
 def gather_of(sizes, dtype, dim):

@@ -97,6 +97,19 @@ def test_a_missing_barrier_would_be_seen(ranks, without):
     assert not all(same for same, _, _ in ranks(2).run(tasks.in_a_row, "sdpa", layouts, 0, 1, without))
 
 
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("raises", ["rank 1 of the group cannot", "RuntimeError: no memory to be seen"]),
+        ("unseen", ["not what was written"] * 2),
+        (None, [None] * 2),
+    ],
+)
+def test_a_window_is_tried_before_it_is_used(ranks, fault, told):
+    """All ranks come to the same answer, and say why there is none."""
+    assert ranks(2).run(tasks.not_opened, fault) == [(why is not None, why) for why in told]
+
+
 def test_long_runs_are_copied_one_by_one(monkeypatch):
     """Which is what a GPU's copy engines take, and gives the same bits."""
     copied, whole = [], torch.arange(2 * 3 * 8 * 16, dtype=torch.int8).view(2, 3, 8, 16)
