@@ -39,11 +39,11 @@ class Axes:
         """Whether a rank lacks anything of it for its heads."""
         return self.tokens is not None and not (self.query and layout.ulysses == 1)
 
-    def entries(self, layout: Layout, rank: int) -> list[int]:
+    def entries(self, layout: Layout, rank: int) -> tuple[int, ...]:
         """How many entries along the tokens come from each rank to `rank`."""
         row = layout.peers(rank)
         sizes = enumerate(layout.token_sizes)
-        return [-(-size // self.per) if not self.query or source in row else 0 for source, size in sizes]
+        return tuple(-(-size // self.per) if not self.query or source in row else 0 for source, size in sizes)
 
 
 class Messages:

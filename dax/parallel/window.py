@@ -11,6 +11,8 @@ after it has left that layer's first barrier, which a peer enters after it has c
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from math import prod
 
@@ -40,17 +42,17 @@ class Window:
     def bring(self, layout: Layout, operands: tuple, axes: list[Axes], chunk: int, chunks: int) -> Callable:
         """Start to write a head chunk of every operand to all; returns a function that waits and gives what came."""
         rank = self.wire.rank
-        rooms = [places(layout, operands, axes, other, chunks) for other in range(layout.ranks)]
+        forms = tuple((tuple(x.shape), x.element_size()) for x in operands)
+        rooms = [places(layout, forms, tuple(axes), other, chunks) for other in range(layout.ranks)]
         memory = self.memory("operands", max(end for _, end in rooms))
 
         def write(other: int) -> None:
             start, end = layout.head_chunk(other % layout.ulysses, chunk, chunks)
-            for x, axis, (offset, shape) in zip(operands, axes, rooms[other][0][chunk]):
-                entries = axis.entries(layout, other)
-                if end > start and axis.travels(layout) and entries[rank]:
-                    into = taken(memory.peers[other][offset:], x.dtype, shape)
-                    part = x.narrow(axis.heads, start, end - start)
-                    put(into.narrow(axis.tokens, sum(entries[:rank]), entries[rank]), part, axis)
+            for x, axis, place in zip(operands, axes, rooms[other][0][chunk]):
+                if place and end > start and place.counts[rank]:
+                    into = taken(memory.peers[other][place.offset :], x.dtype, place.shape)
+                    into = into.narrow(axis.tokens, sum(place.counts[:rank]), place.counts[rank])
+                    put(into, x.narrow(axis.heads, start, end - start), axis)
 
         arrived = self.written(write, range(layout.ranks), barrier=True)
         start, end = layout.head_chunk(rank % layout.ulysses, chunk, chunks)
@@ -58,10 +60,10 @@ class Window:
         def arrive() -> tuple:
             arrived()
             return tuple(
-                taken(memory.peers[rank][offset:], x.dtype, shape)
-                if axis.travels(layout)
+                taken(memory.peers[rank][place.offset :], x.dtype, place.shape)
+                if place
                 else x.narrow(axis.heads, start, end - start)
-                for x, axis, (offset, shape) in zip(operands, axes, rooms[rank][0][chunk])
+                for x, axis, place in zip(operands, axes, rooms[rank][0][chunk])
             )
 
         return arrive
@@ -140,20 +142,33 @@ def opened(wire, device: str) -> tuple[Window | None, str | None]:
     return (None, why) if why else (Window(wire, device), None)
 
 
-def places(layout: Layout, operands: tuple, axes: list[Axes], rank: int, chunks: int) -> tuple[list, int]:
-    """Where a rank has its operands: for each chunk, the (offset in bytes, shape) of each; and where they end."""
+@dataclass(frozen=True)
+class Place:
+    """Where a rank has an operand: offset in bytes, shape, and the entries along the tokens that each rank writes."""
+
+    offset: int
+    shape: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)  # asked on every layer, by the host that must stay ahead of its GPU
+def places(layout: Layout, forms: tuple, axes: tuple[Axes, ...], rank: int, chunks: int) -> tuple[list, int]:
+    """For each chunk, the Place of each operand, None for what every rank has; and where they end.
+
+    forms   (shape, bytes of an element) of each operand before the exchange
+    """
     found, offset = [], 0
     for chunk in range(chunks):
         start, end = layout.head_chunk(rank % layout.ulysses, chunk, chunks)
         found.append([])
-        for x, axis in zip(operands, axes):
-            shape = list(x.shape)
-            shape[axis.heads] = end - start
-            if axis.travels(layout):
-                shape[axis.tokens] = sum(axis.entries(layout, rank))
-            found[-1].append((offset, tuple(shape)))
-            if axis.travels(layout):
-                offset = whole_rooms(offset + prod(shape) * x.element_size(), ALIGN)
+        for (shape, size), axis in zip(forms, axes):
+            if not axis.travels(layout):
+                found[-1].append(None)
+                continue
+            counts, shape = axis.entries(layout, rank), list(shape)
+            shape[axis.heads], shape[axis.tokens] = end - start, sum(counts)
+            found[-1].append(Place(offset, tuple(shape), counts))
+            offset = whole_rooms(offset + prod(shape) * size, ALIGN)
     return found, offset
 
 
