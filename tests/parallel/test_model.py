@@ -3,7 +3,7 @@
 import numpy
 import pytest
 
-from dax.generate.run import Job, generate
+from dax.generate.run import Job, generate, settle
 from tests.parallel import tasks
 
 TOPOLOGIES = [
@@ -156,6 +156,15 @@ def test_gpus_makes_the_clip_of_one_process(random_folder, tmp_path):
     alone, together = records
     assert (alone["ranks"], together["ranks"]) == (1, 2) and alone["computed"] == together["computed"]
     assert together["plan"]["parallel"]["ulysses"] == 2
+
+
+def test_what_ranks_are_to_time_is_left_to_them(random_folder, tmp_path):
+    """Degrees are decided before weights load; whether head chunks pay is measured, where the plan says auto."""
+    given = {"prompt": "a star", "height": 64, "width": 64, "num_frames": 9, "steps": 2}
+    for sets, overlap in (((), "auto"), (("parallel.overlap=3",), 3)):
+        settled = settle(Job(given, str(tmp_path / "x.npz"), str(random_folder), device="cpu", sets=sets, gpus=2))
+        assert settled.asked.parallel.overlap == overlap and settled.asked.parallel.cfg == 2
+        assert settled.resolved.plan.parallel.overlap in (0, 3)
 
 
 @pytest.mark.parametrize("reuse", ("velocity", "residual"))
