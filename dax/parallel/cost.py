@@ -51,7 +51,7 @@ LINKS = {
     "infiniband": Link(45e-6, 42e9),
 }
 NVLINK = ("a100", "h20", "h100", "h200", "b200")
-TRAFFIC = {"8bit": 20.5, "bf16": 23.4}  # of a fused block
+TRAFFIC = {"8bit": 20.5, "bf16": 18}  # of a fused block
 
 
 def cluster_of(machine, attention: str, linear: str, node: int = 8) -> Cluster | None:
