@@ -123,7 +123,10 @@ def run_all(runner: Runner, found: list[Arrangement], requests: list, job: Job, 
     pairs = {key: reference for some in keys.values() for key, reference in zip(some, keys[exact.name])}
     scores, scored_by, not_scored = vmaf_clips(store, pairs, log)
     cells = {
-        name: [store.read(key).model_copy(update={"vmaf": scores.get(key)}) for key in some]
+        name: [
+            store.read(key).model_copy(update={"prompt": index, "vmaf": scores.get(key)})
+            for index, key in enumerate(some)  # a kept cell may be of a list of prompts where its own stood elsewhere
+        ]
         for name, some in keys.items()
     }
     clips = {name: [store.frames(key) for key in some] for name, some in keys.items()}
