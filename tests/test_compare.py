@@ -101,11 +101,12 @@ def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(job, tmp_path, m
     ran.clear()
     first, _ = compare(job)
     assert ran == [1]
-    torn = next((job.output / "cells").glob("*/cell.json"))
-    torn.write_bytes(torn.read_bytes()[:100])
-    ran.clear()
-    compare(job)
-    assert len(ran) == 1
+    for damaged in ("cell.json", "frames.npy", "trajectory.npy"):
+        torn = next((job.output / "cells").glob(f"*/{damaged}"))
+        torn.write_bytes(torn.read_bytes()[:100])
+        ran.clear()
+        compare(job)
+        assert len(ran) == 1, damaged
 
     def never(*_, **__):
         raise AssertionError("a finished comparison loads no model")
