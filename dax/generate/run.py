@@ -150,6 +150,10 @@ def settle(job: Job) -> Settled:
     schedule(resolved.plan.cache, resolved.calibration, facts, request, checkpoint)
     measured = read_measured(job.plan) if job.plan else None
     elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []
+    if measured and loras:
+        elsewhere.append("other weights (a LoRA is added, measured without)")
+    if resolved.calibration and loras:
+        remarks.append("the step cache was calibrated without a LoRA")
     if elsewhere and job.strict:
         raise DaxError("unsupported", f"--strict: plan {job.plan} was measured elsewhere: {'; '.join(elsewhere)}")
     remarks += [f"the plan's fidelity was measured elsewhere: {text}" for text in elsewhere]
