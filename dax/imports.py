@@ -13,7 +13,7 @@ def importing():
     Modules are no garbage, and torch and diffusers make half a million objects: looking through them over and over is a
     quarter of their import, and a look at all of them would be due again whenever a model is built.
     Nothing happens where diffusers is there already (a process with models may have garbage worth finding) or where
-    the collector is off. Never around a model. In a user's process DAX leaves this to the user, whose garbage is not ours to keep.
+    the collector is off. Never around a model; and a user's process is left alone, whose garbage is not ours to keep.
     """
     if "diffusers" in sys.modules or not gc.isenabled():
         yield

@@ -21,7 +21,7 @@ def begin() -> Thread:
     """Start the current GPU, and let Triton read itself, in a thread, while Python imports what else it needs.
 
     Both are done once in a process and would wait for the first tensor and the first kernel: the GPU's context, and the
-    sha256 of Triton's compiler, hundreds of MB, which is part of every key of its cache. Neither needs Python meanwhile.
+    sha256 of Triton's compiler, hundreds of MB, which is part of every key of its cache. Neither needs Python.
     What fails here fails again where it is needed, and is told there.
     """
     device = torch.cuda.current_device()  # of this thread: a new one would begin at 0
