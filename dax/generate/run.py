@@ -27,6 +27,7 @@ from dax.generate.stages import (
     decode,
     denoise,
     encode,
+    import_vendor,
     load,
     out_of_memory,
     peak_memory_gib,
@@ -35,6 +36,7 @@ from dax.generate.stages import (
 )
 from dax.generate.steps import checkpoint_of, schedule
 from dax.hardware import Machine, machine
+from dax.imports import importing
 from dax.models.tiny import FOLDER
 from dax.parallel.join import Place, place
 from dax.parallel.launch import run_ranks
@@ -97,7 +99,8 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
     finite; "cannot_write" when the file cannot be written. Costs the model's bytes and its run time.
     """
     start = time.perf_counter()
-    settled = settle(job)
+    with importing():
+        settled = settle(job)
     if settled.place.first:
         check_outputs(settled.job, settled.path)
     if settled.count > settled.place.count:
@@ -138,6 +141,8 @@ def settle(job: Job) -> Settled:
         remarks.append(f"{job.from_clip} was made with LoRAs: pass them again with --lora")
 
     here = machine(job.device)
+    if here.device == "cuda" and count == at.count:  # this process will load the model; resolve() may try kernels
+        import_vendor(facts, here.device)
     dtype = dtype_of(here)
     checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked.folder, facts)
     name = str(dtype).removeprefix("torch.")
