@@ -21,6 +21,7 @@ from dax.quant.scheme import SCHEMES, Rule, match, rules_of
 
 GONE = "linear.keep_original = none: the original weights were not kept; load the model again"
 PREQUANTIZED = "the checkpoint was quantised before it was loaded: its original weights were never here"
+CASTS_INPUT = "time_embedder.linear_1"  # of a diffusers transformer
 
 
 def quantize_(module: nn.Module, rules: "Mapping[str, str] | str", granularity: str = "token-channel") -> int:
@@ -50,6 +51,12 @@ def planned(
     plan = {name: Rule(scheme, granularity, static) for name, scheme in schemes.items()}
     for name, rule in plan.items():
         layer = layers[name]
+        if name.endswith(CASTS_INPUT) and rule.scheme.startswith("fp8"):
+            raise DaxError(
+                "bad_request",
+                f"linear: diffusers casts what {name} is given to the type of its weight, which {rule.scheme} would "
+                f"destroy: add the rule {name}: none",
+            )
         if not isinstance(layer, QuantLinear):
             check(layer, name)
         elif layer.rule != rule:

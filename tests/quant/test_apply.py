@@ -55,9 +55,10 @@ def test_the_longest_rule_wins_and_children_inherit():
         ({"*": "int7"}, "'int7' is not known"),
         ({"*": "none"}, "leave none of"),
         ({}, "leave none of"),
+        ({"*": "fp8"}, "add the rule condition_embedder.time_embedder.linear_1: none"),
     ],
 )
-def test_rules_that_do_nothing_are_refused(random_pipe, rules, text):
+def test_rules_that_cannot_be_followed_are_refused(random_pipe, rules, text):
     before = bits(random_pipe.transformer)
     with pytest.raises(DaxError, match=text) as caught:
         quantize_(random_pipe.transformer, rules)
