@@ -75,7 +75,7 @@ MACHINES = {
 ATTENTION_REACHES = {"sdpa": 0.6, "cudnn": 0.569, "flash": 0.684, "sage": 0.412, "int8": 0.503}
 SDPA_REACHES_ON_HOPPER = 0.36  # FlashAttention 2, which uses none of what came after Ampere
 LINEAR_REACHES = {"bf16": 0.77, "int8": 0.72, "fp8": 0.665}
-TRAFFIC_REACHES = {"stock": 0.63, "compiled": 0.45, "fused": 0.736}
+TRAFFIC_REACHES = {"stock": 0.63, "compiled": 0.346, "fused": 0.736}
 
 
 def no_kernels(machine: Machine, min_sm: int = 80) -> str | None:

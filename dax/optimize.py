@@ -56,15 +56,16 @@ def optimize(
         resolved = without_fused_blocks(resolved, difference, strict)
 
     edits = Edits()
-    try:
-        changes, resolved = apply(resolved, target, here, dtype, edits, wanted.parallel.overlap == "auto", tokens)
-        gate = gate_of(resolved, target, checkpoint, edits)
-    except BaseException as error:
-        if edits.sealed:
-            error.add_note(f"the model is left half changed: {edits.sealed}")
-        else:
-            edits.undo()
-        raise
+    with mode_of(transformer):
+        try:
+            changes, resolved = apply(resolved, target, here, dtype, edits, wanted.parallel.overlap == "auto", tokens)
+            gate = gate_of(resolved, target, checkpoint, edits)
+        except BaseException as error:
+            if edits.sealed:
+                error.add_note(f"the model is left half changed: {edits.sealed}")
+            else:
+                edits.undo()
+            raise
     OPTIMIZED.update(target.transformers)
     if gate is not None:
         changes.append(
@@ -166,6 +167,13 @@ def gate_of(resolved: Resolved, target, checkpoint: str | None, edits: Edits):
     )
 
 
+def mode_of(transformer):
+    """torch.inference_mode as when the weights were made: moved in the other one they could not be used any more."""
+    import torch
+
+    return torch.inference_mode(next(transformer.parameters()).is_inference())
+
+
 def device_of(transformer) -> str:
     """Where the transformer runs, "cuda" or "cpu": under CPU offload that is not where it lies."""
     offload = getattr(transformer, "_hf_hook", None)
@@ -232,7 +240,8 @@ class Engine:
     def undo(self) -> None:
         """Give the model back as it was, the same objects bit for bit. Twice is harmless."""
         if self.active:
-            self._edits.undo()
+            with mode_of(self._target.transformers[0]):
+                self._edits.undo()
             for transformer in self._target.transformers:
                 OPTIMIZED.discard(transformer)
 

@@ -1,6 +1,7 @@
 """`dax bench block` and `forward` on the tiny shapes: rivals checked, timed, recorded; wrong answers never timed."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -291,16 +292,28 @@ def test_kernels_are_sorted_by_kind(kernel, kind):
 
 
 def test_a_start_is_timed_cold_and_warm(monkeypatch):
-    monkeypatch.setattr(start, "CHILD", "import os; print(len(os.listdir(os.environ['TRITON_CACHE_DIR'])), 2.0, 3.0)")
+    files = "len(os.listdir(os.environ['TRITON_CACHE_DIR']))"
+    child = f"import json, os; print('a warning'); print(json.dumps({{'torch_s': {files}, 'first_s': 3.0}}))"
+    monkeypatch.setattr(start, "CHILD", child)
     result = start.bench("tiny", (64, 64, 5), "balanced", "cpu", lambda text: None)
-    assert [row["cache"] for row in result["rows"]] == ["empty", "warm"]
-    assert all(row["imports_s"] == 0 and row["seconds"] > 0 for row in result["rows"])
+    assert [(row["cache"], row["imports"]) for row in result["rows"]] == [
+        ("empty", "dax"),
+        ("warm", "dax"),
+        ("warm", "plain"),
+    ]
+    assert all(row["torch_s"] == 0 and row["seconds"] == 3 for row in result["rows"])
     monkeypatch.setattr(start, "CHILD", "raise ValueError('no such plan')")
     with pytest.raises(DaxError, match="bench start: ValueError: no such plan"):
         start.bench("tiny", (64, 64, 5), "balanced", "cpu", lambda text: None)
 
 
-def test_what_a_start_runs(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["-c", "tiny", "exact", "cpu", "64", "64", "5"])
-    exec(compile(start.CHILD, "child", "exec"), {})
-    assert all(float(seconds) >= 0 for seconds in capsys.readouterr().out.split())
+def test_the_parts_of_a_start_are_all_of_it_up_to_the_first_output(monkeypatch, tmp_path):
+    """A child that lingers after its output is not slower for it."""
+    monkeypatch.setattr(start, "CHILD", start.CHILD + "\ntime.sleep(3)")
+    before = time.monotonic()
+    spent = start.started(["dax", "tiny", "balanced", "cpu", "64", "64", "5"], str(tmp_path))
+    whole = time.monotonic() - before
+    seconds = spent.pop("seconds")
+    assert spent.keys() == start.PARTS.keys() and all(part >= 0 for part in spent.values())
+    assert sum(spent.values()) == pytest.approx(seconds, abs=1e-6) and seconds < whole - 3
+    assert spent["torch_s"] > 0.1 and spent["diffusers_s"] > 0.1

@@ -101,11 +101,12 @@ def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(job, tmp_path, m
     ran.clear()
     first, _ = compare(job)
     assert ran == [1]
-    torn = next((job.output / "cells").glob("*/cell.json"))
-    torn.write_bytes(torn.read_bytes()[:100])
-    ran.clear()
-    compare(job)
-    assert len(ran) == 1
+    for damaged in ("cell.json", "frames.npy", "trajectory.npy"):
+        torn = next((job.output / "cells").glob(f"*/{damaged}"))
+        torn.write_bytes(torn.read_bytes()[:100])
+        ran.clear()
+        compare(job)
+        assert len(ran) == 1, damaged
 
     def never(*_, **__):
         raise AssertionError("a finished comparison loads no model")
@@ -113,6 +114,10 @@ def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(job, tmp_path, m
     monkeypatch.setattr(compare_run.stages, "load", never)
     again, _ = compare(job)
     assert [each.fidelity for each in again.variants] == [each.fidelity for each in first.variants]
+    second = tmp_path / "second.txt"
+    second.write_text(again.prompts[1])
+    one, _ = compare(replace(job, prompts=str(second), given={**job.given, "seed": 1}))
+    assert [cell.prompt for each in one.variants for cell in each.cells] == [0, 0]  # its place in this comparison
     with pytest.raises(AssertionError, match="loads no model"):  # another seed is another clip
         compare(replace(job, given={**job.given, "seed": 9}))
 
@@ -123,6 +128,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(job, tmp_path, monkeypatc
     for plans, says in (
         (("exact", "exact"), "given already"),
         (("exat",), "did you mean 'exact'"),
+        ((plan_file(tmp_path, "exact", "compile: blocks"),), "'exact' is what plans are held against"),
         ((short,), "cache.mask has 2 letters, the run has 4 steps"),
     ):
         with pytest.raises(DaxError, match=says):

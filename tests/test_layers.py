@@ -13,7 +13,9 @@ import dax
 DOORS = ("dax.quant.diffusers",)  # to a place of diffusers' that takes classes of ours; no model class
 PACKAGE = Path(dax.__file__).parent
 LAYERS = {
-    **dict.fromkeys(("plan", "plan_file", "provenance", "facts", "facts_config", "edits", "hardware", "errors"), 0),
+    **dict.fromkeys(
+        ("plan", "plan_file", "provenance", "facts", "facts_config", "edits", "hardware", "errors", "imports"), 0
+    ),
     "kernels": 1,
     **dict.fromkeys(("attention", "quant", "cache", "parallel", "compile", "offload"), 2),
     "models": 3,
@@ -101,7 +103,7 @@ def test_the_page_lists_every_file():
 def test_front_door_needs_no_torch():
     code = (
         "import sys, dax; dir(dax); dax.Plan(); dax.DaxError; dax.optimize; dax.attention\n"
-        "import dax.facts, dax.hardware, dax.edits, dax.compile, dax.models.tiny\n"
+        "import dax.facts, dax.hardware, dax.edits, dax.compile, dax.imports, dax.models.tiny\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'av'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

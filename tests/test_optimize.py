@@ -106,6 +106,23 @@ def test_undo_is_bit_identical(random_pipe, compiler):
     assert anatomy(random_pipe.transformer) == before and not engine.active
 
 
+@pytest.mark.parametrize("loaded_inside", [False, True])
+@pytest.mark.parametrize("plan", ["exact", "balanced"])
+def test_inference_mode_changes_nothing_for_later(plan, loaded_inside):
+    from tests.conftest import build_random_pipe
+
+    with torch.inference_mode(loaded_inside):
+        pipe = build_random_pipe()
+    stock = render(pipe)
+    with torch.inference_mode(), dax.optimize(pipe, plan):
+        inside = render(pipe)
+    if not loaded_inside:
+        pipe.transformer.requires_grad_(True).requires_grad_(False)  # torch refuses it for what inference mode made
+    with dax.optimize(pipe, plan):
+        assert torch.equal(render(pipe), inside)
+    assert torch.equal(render(pipe), stock)
+
+
 def test_leaving_the_context_undoes_after_an_error_too(random_pipe):
     before = anatomy(random_pipe.transformer)
     with pytest.raises(RuntimeError, match="inside"), dax.optimize(random_pipe):

@@ -45,6 +45,16 @@ def test_what_was_measured_travels_with_the_plan_and_is_no_part_of_it(tuned):
     assert read_measured("exact") is None
 
 
+def lora(folder) -> str:
+    import torch
+    from safetensors.torch import save_file
+
+    layer = "transformer.blocks.0.attn2.to_out.0"
+    save_file({f"{layer}.lora_{x}.weight": torch.ones(shape) for x, shape in (("A", (1, 192)), ("B", (192, 1)))},
+              folder / "style.safetensors")  # fmt: skip
+    return str(folder / "style.safetensors")
+
+
 @pytest.mark.fault(60)
 def test_the_gate_refuses_what_was_measured_lower_elsewhere_or_never(tuned, tmp_path, monkeypatch):
     monkeypatch.setattr("dax.generate.run.load", lambda *_: pytest.fail("a model was loaded"))
@@ -55,6 +65,7 @@ def test_the_gate_refuses_what_was_measured_lower_elsewhere_or_never(tuned, tmp_
         (tuned(), {"min_psnr": 31.0}, 8, "measured at 30.0 dB (p10 28.5) on 16 held-out prompts"),
         (tuned(), {"min_psnr": 29.0, "sets": ("cache.mask=1011",)}, 8, "other kernels (cache.mask = 1011"),
         (tuned(), {"min_psnr": 29.0, "given": {**GIVEN, "steps": 4, "height": 48}}, 8, "another request (height 48"),
+        (tuned(), {"min_psnr": 29.0, "loras": (lora(tmp_path),)}, 8, "other weights (a LoRA is added"),
         (str(plain), never, 2, "carries no measured fidelity"),
         (tuned(), {"min_psnr": float("nan")}, 2, "must be a number"),
     ]

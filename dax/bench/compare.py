@@ -114,16 +114,19 @@ def run_all(runner: Runner, found: list[Arrangement], requests: list, job: Job, 
     store, exact = Cells(job.output / "cells"), found[0]
     chosen = {each.name: requests[: job.attribute] if each.role == "knob" else requests for each in found}
     keys = {each.name: keys_of(each, exact, chosen[each.name], common) for each in found}
-    waiting = {key for some in keys.values() for key in some if store.read(key) is None}
+    pairs = {key: reference for some in keys.values() for key, reference in zip(some, keys[exact.name])}
+    waiting = [key for key, reference in pairs.items() if store.read(key, key == reference) is None]
     log(f"{len(found)} arrangements, {len(requests)} prompts: {len(waiting)} clips to run")
     if waiting:
         runner.warm_up(requests[0])
     for each in found:
         runner.run_missing(store, each, chosen[each.name], keys[each.name], keys[exact.name])
-    pairs = {key: reference for some in keys.values() for key, reference in zip(some, keys[exact.name])}
     scores, scored_by, not_scored = vmaf_clips(store, pairs, log)
     cells = {
-        name: [store.read(key).model_copy(update={"vmaf": scores.get(key)}) for key in some]
+        name: [
+            store.read(key).model_copy(update={"prompt": index, "vmaf": scores.get(key)})
+            for index, key in enumerate(some)  # a kept cell may be of a list of prompts where its own stood elsewhere
+        ]
         for name, some in keys.items()
     }
     clips = {name: [store.frames(key) for key in some] for name, some in keys.items()}

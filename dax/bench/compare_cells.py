@@ -24,12 +24,17 @@ class Cells:
     def path(self, key: str) -> Path:
         return self.folder / key[:32]
 
-    def read(self, key: str) -> Cell | None:
-        """The finished cell, or None: not there, cut off, or of another version of DAX."""
+    def read(self, key: str, reference: bool = False) -> Cell | None:
+        """The finished cell, or None: not there, cut off, damaged, or of another version of DAX.
+
+        reference   others are held against it: its latents must be there too
+        """
         try:
             saved = json.loads((self.path(key) / "cell.json").read_text(encoding="utf-8"))
-            return Cell.model_validate(saved) if (self.path(key) / "frames.npy").is_file() else None
-        except (OSError, ValueError):
+            for name in ("frames", "trajectory") if reference else ("frames",):
+                self.array(key, name)
+            return Cell.model_validate(saved)
+        except (OSError, ValueError, EOFError):
             return None
 
     def frames(self, key: str):

@@ -107,7 +107,7 @@ class Runner:
 
     def run_missing(self, store: Cells, each: Arrangement, requests: list, keys: list[str], exact: list[str]) -> None:
         """Run and keep the clips of an arrangement that the store lacks; `exact` are the keys of the reference's."""
-        todo = [index for index, key in enumerate(keys) if store.read(key) is None]
+        todo = [index for index, key in enumerate(keys) if store.read(key, key == exact[index]) is None]
         if not todo:
             return
         with self.arranged(each, requests[0]) as pipe:

@@ -46,7 +46,7 @@ def arrangements(plans: list[str], resolve: Callable, machine, dtype: str, head_
     """(every Arrangement, the reference first and the floor second; one Split per plan of two knobs or more).
 
     resolve   Plan -> Resolved, for this model on this machine
-    DaxError("bad_request") for a plan named twice or one that cannot be resolved.
+    DaxError("bad_request") for a plan named twice, or like the reference, or one that cannot be resolved.
     """
     named: dict[str, Plan] = {}
     for path in plans:
@@ -55,6 +55,9 @@ def arrangements(plans: list[str], resolve: Callable, machine, dtype: str, head_
             raise DaxError("bad_request", f"--plan {path}: a plan called {name!r} is given already")
         named[name] = Plan.load(path)
     exact = Plan.load(REFERENCE)
+    for name in (REFERENCE, FLOOR):
+        if named.get(name, exact) != exact:
+            raise DaxError("bad_request", f"--plan: {name!r} is what plans are held against here: rename the file")
     found = [
         Arrangement(REFERENCE, "reference", "the unoptimised computation, by DAX's exact kernels", exact),
         floor(exact, machine, dtype, head_dim),

@@ -2,7 +2,7 @@
 
 Each operation is bound by arithmetic or by traffic; its time on a machine is the larger of the two. A multiply-add is
 two FLOPs. `U` is one activation of the video, S tokens of C channels. Elementwise traffic is given twice: as stock
-diffusers moves it (every intermediate goes to memory) and with neighbours fused, which is what a compiler reaches.
+diffusers moves it (every intermediate goes to memory) and with neighbours fused, a GELU with the product before it.
 """
 
 from dataclasses import dataclass
@@ -69,6 +69,7 @@ def block_operations(
     U = 2 * S * C
     out = 0.5 if gemm_dtype in EIGHT_BITS else 1  # of what a fused pass writes for the next product
     gelu = 2 * 2 * S * F  # read and write S x F in bf16
+    requantise = gelu * (1 + out) / 2 if gemm_dtype in EIGHT_BITS else 0  # after a product that has computed it
     affine = 10 * U if facts.cross_attn_norm else 0
     # a row of fp32 modulation for every token: 42 U to cast and add the six, 20 U more for where they are used
     token_time = [elementwise("modulation of every token", 62 * U, 0, count)] if facts.token_time else []
@@ -107,7 +108,7 @@ def block_operations(
         elementwise("residual", 3 * U, 0, count),
         elementwise("norm3, modulate", 18 * U, (3 + out) * U, count),
         gemm("ffn in", S, C, F, gemm_dtype, count),
-        elementwise("GELU", gelu, gelu * (1 + out) / 2, count),
+        elementwise("GELU", gelu, requantise, count),
         gemm("ffn out", S, F, C, gemm_dtype, count),
         elementwise("ffn gate, residual", 19 * U, 0, count),
     ]

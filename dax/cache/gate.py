@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from dax.cache.residual import BlockStack
-from dax.cache.run import Report, Run
+from dax.cache.run import Report, Run, around_loop
 from dax.cache.step_plan import BRANCHES, COMPUTE, DROP, Action, Setting, StepPlan
 from dax.edits import Edits
 from dax.errors import DaxError
@@ -47,6 +47,7 @@ class Gate:
         self.said: tuple[str, dict] | None = None  # the branch, and what else the pipeline announced
         self.run: Run | None = None
         self.last: Report | None = None
+        self.looping = False  # inside the pipeline's own loop, which says when it ends
 
     @contextmanager
     def cache_context(self, expert: Expert, name: str, **announced):
@@ -73,7 +74,7 @@ class Gate:
                 run.history.clear()
             output = self.act(run, expert, branch, run.plan.actions(branch)[run.step], args, kwargs)
             run.outputs[branch] = output[0]
-            if run.done():
+            if run.done() and not self.looping:  # guidance may be switched on in the last step
                 self.finish()
             return output
         except BaseException:
@@ -186,19 +187,16 @@ class Gate:
             if expert.stack is not None:
                 expert.stack.residuals.clear()
 
-    def progress_bar(self, iterable=None, total=None):
-        """The pipeline's, which spans the loop."""
-        return self.loop(total) if iterable is None else self.vendor_bar(iterable)
-
     @contextmanager
-    def loop(self, total: int | None):
-        """When the bar closes the run is over, finished or not."""
+    def loop(self):
+        """The pipeline's loop runs inside: when it ends the run is over, finished or not."""
+        self.looping = True
         try:
-            with self.vendor_bar(total=total) as bar:
-                yield bar
-            if self.run is not None and self.run.step == self.run.plan.steps - 1:  # guidance was switched off meanwhile
+            yield
+            if self.run is not None and self.run.step == self.run.plan.steps - 1:
                 self.finish()
         finally:
+            self.looping = False
             self.release()
 
 
@@ -217,7 +215,7 @@ def apply_cache(
         edits.set_attribute(transformer, "forward", partial(gate.forward, expert))
         edits.set_attribute(transformer, "cache_context", partial(gate.cache_context, expert))
     if pipe is not None:
-        gate.vendor_bar = edits.set_attribute(pipe, "progress_bar", gate.progress_bar)
+        around_loop(pipe, gate.loop, edits)
     return gate
 
 

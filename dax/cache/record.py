@@ -145,7 +145,7 @@ def record(pipe, clips: Clips, batch: int) -> Recording:
     for part in clips.batches(batch):
         with Watch(pipe.transformer, part.guidance_scale) as watch:
             latents = run(pipe, part, batch)
-        sigmas = pipe.scheduler.sigmas[: part.steps].double().numpy()
+        sigmas = pipe.scheduler.sigmas[: part.steps].cpu().double().numpy()
         changes = torch.stack(watch.changes).cpu().double().numpy()
         ratios = {b: np.array([1.0, *torch.stack(found).cpu().tolist()]) for b, found in watch.ratios.items()}
         parts.append(Recording(sigmas, gram_of(watch.guided), changes, ratios, latents))

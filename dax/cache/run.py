@@ -1,10 +1,13 @@
 """One pass through the denoising loop under a step cache: what is kept of it, and what is told afterwards."""
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from dax.cache.step_plan import BRANCHES, StepPlan
+from dax.edits import Edits
 
 
 @dataclass
@@ -46,3 +49,21 @@ class Report:
     computed: dict[str, int]
     predicted: dict[str, int]
     warnings: tuple[str, ...]
+
+
+def around_loop(pipe, context: Callable, edits: Edits) -> None:
+    """Let every denoising loop of a pipeline run inside a fresh `context()`.
+
+    The pipeline's progress bar spans the loop, and closes however the loop ends.
+    """
+    vendors = pipe.progress_bar
+
+    @contextmanager
+    def loop(total):
+        with context(), vendors(total=total) as bar:
+            yield bar
+
+    def progress_bar(iterable=None, total=None):
+        return loop(total) if iterable is None else vendors(iterable)
+
+    edits.set_attribute(pipe, "progress_bar", progress_bar)

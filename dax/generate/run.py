@@ -27,6 +27,7 @@ from dax.generate.stages import (
     decode,
     denoise,
     encode,
+    import_vendor,
     load,
     out_of_memory,
     peak_memory_gib,
@@ -35,6 +36,7 @@ from dax.generate.stages import (
 )
 from dax.generate.steps import checkpoint_of, schedule
 from dax.hardware import Machine, machine
+from dax.imports import importing
 from dax.models.tiny import FOLDER
 from dax.parallel.cost import window_bytes
 from dax.parallel.join import Place, place
@@ -99,7 +101,8 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
     finite; "cannot_write" when the file cannot be written. Costs the model's bytes and its run time.
     """
     start = time.perf_counter()
-    settled = settle(job)
+    with importing():
+        settled = settle(job)
     if settled.place.first:
         check_outputs(settled.job, settled.path)
     if settled.count > settled.place.count:
@@ -140,6 +143,8 @@ def settle(job: Job) -> Settled:
         remarks.append(f"{job.from_clip} was made with LoRAs: pass them again with --lora")
 
     here = machine(job.device)
+    if here.device == "cuda" and count == at.count:  # this process will load the model; resolve() may try kernels
+        import_vendor(facts, here.device)
     dtype = dtype_of(here)
     checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked.folder, facts)
     name = str(dtype).removeprefix("torch.")
@@ -159,6 +164,10 @@ def settle(job: Job) -> Settled:
     schedule(resolved.plan.cache, resolved.calibration, facts, request, checkpoint)
     measured = read_measured(job.plan) if job.plan else None
     elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []
+    if measured and loras:
+        elsewhere.append("other weights (a LoRA is added, measured without)")
+    if resolved.calibration and loras:
+        remarks.append("the step cache was calibrated without a LoRA")
     if elsewhere and job.strict:
         raise DaxError("unsupported", f"--strict: plan {job.plan} was measured elsewhere: {'; '.join(elsewhere)}")
     remarks += [f"the plan's fidelity was measured elsewhere: {text}" for text in elsewhere]

@@ -14,7 +14,9 @@ from functools import partial
 
 from dax.edits import Edits
 from dax.errors import DaxError
+from dax.facts import Facts
 from dax.generate.preflight import Checked
+from dax.imports import importing
 
 
 @dataclass
@@ -33,6 +35,19 @@ class Clock:
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
+def import_vendor(facts: Facts, device: str) -> None:
+    """diffusers' classes of a model, most of the time before a first step; where they are new, a GPU begins beside."""
+    with importing():
+        if device == "cuda" and "diffusers" not in sys.modules:
+            from dax.kernels.start import begin
+
+            begin()
+        import diffusers
+
+        for name in (facts.transformer_class, facts.pipeline_class):
+            getattr(diffusers, name)
+
+
 def load(checked: Checked, device: str, dtype, text: bool = True, second_device: str | None = None):
     """The pipeline, from safetensors only and nothing but local files.
 
@@ -41,6 +56,7 @@ def load(checked: Checked, device: str, dtype, text: bool = True, second_device:
     text   whether to load the text encoder, the largest part after the transformer
     second_device   where the second of two experts goes instead: the host, where optimize() is to bring it over
     """
+    import_vendor(checked.facts, device)
     import diffusers
     import torch
     from diffusers import WanTransformer3DModel

@@ -22,15 +22,24 @@ def gated_residual_reference(
     return (residual.float() + y.float() * rows_of_tokens(gate, y.shape[1], split)).to(residual.dtype)
 
 
+@triton.jit
+def add_gated(Residual, Y, Gate, of_token, C: tl.constexpr, CHUNK: tl.constexpr):
+    """The row at Residual + that at Gate + of_token (Gate None: 1) * that at Y, in fp32, as chunks."""
+    ys = load_row(Y, C, CHUNK)
+    residuals = load_row(Residual, C, CHUNK)
+    if Gate is not None:
+        gates = load_row(Gate + of_token, C, CHUNK)
+    out = ()
+    for j in tl.static_range(len(ys)):
+        out += (residuals[j] + (ys[j] if Gate is None else ys[j] * gates[j]),)
+    return out
+
+
 @triton.jit(do_not_specialize=["tokens", "split"])
 def gate_kernel(Y, Gate, Residual, Out, tokens, split, video_stride, row_stride, C: tl.constexpr, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    ys = load_row(Y + row * C, C, CHUNK)
-    residuals = load_row(Residual + row * C, C, CHUNK)
-    gates = load_row(Gate + row // tokens * video_stride + (row % tokens >= split) * row_stride, C, CHUNK)
-    out = ()
-    for j in tl.static_range(len(ys)):
-        out += (residuals[j] + ys[j] * gates[j],)
+    of_token = row // tokens * video_stride + (row % tokens >= split) * row_stride
+    out = add_gated(Residual + row * C, Y + row * C, Gate, of_token, C, CHUNK)
     store_row(Out + row * C, out, C, CHUNK)
 
 

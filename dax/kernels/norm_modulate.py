@@ -1,12 +1,13 @@
-"""LayerNorm and what follows it in a diffusion transformer, in one pass: scale and shift, then bf16 or 8 bits.
+"""LayerNorm and its neighbours in a diffusion transformer, in one pass: the residual before, modulation, 8 bits after.
 
 The same kernel serves adaptive modulation (weight = 1 + scale, a row or two for each video) and a norm with its own
-affine weights (one row for all).
+affine weights (one row for all), of a tensor that is there or of a sum that is written beside it.
 """
 
 import torch
 import torch.nn.functional as F
 
+from dax.kernels.gated_residual import add_gated, gated_residual_reference
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
 from dax.kernels.quantize import LARGEST, decoded, load_row, quantize_rows_reference, row_meta, store_codes, store_row
@@ -45,9 +46,33 @@ def norm_modulate_quantize_reference(
     return quantize_rows_reference(norm_modulate_reference(x.float(), weight, bias, eps, split), dtype, scale)
 
 
+def residual_norm_modulate_reference(
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    split: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x = residual + gate * y, and norm_modulate of x as rounded to its dtype.
+
+    y, residual         [B, S, C]       bf16, fp16 or fp32
+    gate, weight, bias  [B or 1, R, C]  fp32, each with an R of its own, see norm_modulate; gate None means 1
+    returns             two [B, S, C]   in residual's dtype: x, and LayerNorm(x) * weight + bias
+    Reads two and writes two: 8 B S C bytes in bf16; by two kernels 10.
+    """
+    gate = torch.ones_like(weight[:1, :1]) if gate is None else gate
+    x = gated_residual_reference(y, gate, residual, split)
+    return x, norm_modulate_reference(x, weight, bias, eps, split)
+
+
 @triton.jit(do_not_specialize=["tokens", "split"])
 def norm_kernel(
     X,
+    Y,
+    Gate,
+    Sums,
     Weight,
     Bias,
     Out,
@@ -57,13 +82,23 @@ def norm_kernel(
     split,
     video_stride,
     row_stride,
+    gate_video_stride,
+    gate_row_stride,
     eps,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    chunks = load_row(X + row * C, C, CHUNK)
+    if Sums is None:
+        chunks = load_row(X + row * C, C, CHUNK)
+    else:
+        of_gate = row // tokens * gate_video_stride + (row % tokens >= split) * gate_row_stride
+        unrounded = add_gated(X + row * C, Y + row * C, Gate, of_gate, C, CHUNK)
+        store_row(Sums + row * C, unrounded, C, CHUNK)
+        chunks = ()
+        for j in tl.static_range(len(unrounded)):
+            chunks += (unrounded[j].to(Sums.dtype.element_ty).to(tl.float32),)
     total = chunks[0]
     for j in tl.static_range(1, len(chunks)):
         total += chunks[j]
@@ -90,19 +125,24 @@ def norm_kernel(
         store_codes(Out + row * C, out, Scale + row, StaticScale, inverse * 0.0, C, CHUNK, LARGEST)
 
 
-def norm_into(out, x, weight, bias, eps, scale, static_scale, split) -> None:
-    """Write `out` [B, S, C]: LayerNorm(x) * weight + bias, in 8 bits and their `scale` [B, S] where that is given."""
+def norm_into(out, x, weight, bias, eps, split, scale=None, static_scale=None, y=None, gate=None, sums=None) -> None:
+    """Write `out` [B, S, C]: LayerNorm(x) * weight + bias, in 8 bits and their `scale` [B, S] where that is given.
+
+    Where `sums` [B, S, C] is given, write that too: x + gate * y, which is then normed instead of x.
+    """
     B, S, C = x.shape
-    weight, bias = (v.float().contiguous() for v in (weight, bias))
-    which = (S, split, *strides(weight))
+    x, y = x.contiguous(), None if y is None else y.contiguous()
+    weight, bias, gate = (None if v is None else v.float().contiguous() for v in (weight, bias, gate))
+    which = (S, split, *strides(weight), *((0, 0) if gate is None else strides(gate)))
     static = {"LARGEST": LARGEST.get(out.dtype, 0.0)} | row_meta(C)
+    operands = x, y, gate, sums, weight, bias, out, scale, static_scale
     with torch.cuda.device_of(x):
-        start(norm_kernel, (B * S,), x.contiguous(), weight, bias, out, scale, static_scale, *which, eps, **static)
+        start(norm_kernel, (B * S,), *operands, *which, eps, **static)
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, split: int = 0) -> torch.Tensor:
     out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    norm_into(out, x, weight, bias, eps, None, None, split)
+    norm_into(out, x, weight, bias, eps, split)
     return out
 
 
@@ -117,8 +157,22 @@ def launch_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(x.shape, device=x.device, dtype=dtype)
     row_scale = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
-    norm_into(codes, x, weight, bias, eps, row_scale, scale, split)
+    norm_into(codes, x, weight, bias, eps, split, row_scale, scale)
     return codes, row_scale
+
+
+def launch_residual(
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    split: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, out = (torch.empty(residual.shape, device=residual.device, dtype=residual.dtype) for _ in range(2))
+    norm_into(out, residual, weight, bias, eps, split, y=y, gate=gate, sums=x)
+    return x, out
 
 
 def case(B: int, S: int, C: int, samples: int, dtype: torch.dtype | None = None, static=False, split: int = -1):
@@ -129,6 +183,20 @@ def case(B: int, S: int, C: int, samples: int, dtype: torch.dtype | None = None,
         bias = torch.randn(rows, generator=generator) * 0.3
         quantised = () if dtype is None else (dtype, torch.tensor(4.0 / LARGEST[dtype]).to(device) if static else None)
         return x.to(device), weight.to(device), bias.to(device), 1e-6, *quantised, max(split, 0)
+
+    return arguments
+
+
+def residual_case(B: int, S: int, C: int, gates: tuple | None, rows: tuple, split: int = 0, dtype=torch.bfloat16):
+    """gates, rows: (videos, R) of the gate, or None, and of weight and bias."""
+
+    def arguments(generator, device):
+        def gaussian(*shape):
+            return torch.randn(*shape, generator=generator).to(device)
+
+        y, residual = gaussian(B, S, C).to(dtype), gaussian(B, S, C).add(0.5).to(dtype)
+        gate = None if gates is None else gaussian(*gates, C)
+        return y, gate, residual, gaussian(*rows, C) * 0.3 + 1, gaussian(*rows, C) * 0.3, 1e-6, split
 
     return arguments
 
@@ -161,4 +229,20 @@ norm_modulate_quantize = define(
     ),
     decode=decoded,
     cost=lambda x, weight, bias, eps, dtype, scale=None, split=0: Cost(0, x.numel() * (x.element_size() + 1)),
+)
+residual_norm_modulate = define(
+    residual_norm_modulate_reference,
+    launch_residual,
+    cases={
+        "gate, affine": residual_case(2, 5, 5120, (2, 1), (1, 1)),
+        "one token": residual_case(1, 1, 384, (1, 1), (1, 1)),
+        "two gates, affine": residual_case(2, 63, 384, (2, 2), (1, 1), split=7),
+        "gate and modulation of two rows": residual_case(2, 63, 384, (1, 2), (2, 2), split=62),
+        "two gates, the last unused, odd width": residual_case(1, 5, 1536 + 16, (1, 2), (1, 1), split=5),
+        "no gate, two rows": residual_case(2, 63, 384, None, (2, 2), split=7),
+        "no gate, fp32": residual_case(1, 257, 384, None, (1, 1), dtype=torch.float32),
+        "no gate, fp16": residual_case(1, 63, 384, None, (1, 1), dtype=torch.float16),
+        "no gate, modulated": residual_case(2, 5, 5120, None, (2, 1)),
+    },
+    cost=lambda y, gate, residual, weight, bias, eps, split=0: Cost(0, 4 * y.numel() * y.element_size()),
 )

@@ -51,7 +51,7 @@ def scaled_linear_reference(
 def exact_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x @ weight.T in fp32 [..., N]. Integers go through torch's own product: the same numbers, eight times sooner."""
     if x.dtype == torch.int8 and x.is_cpu and x.numel():
-        return torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t()).float().unflatten(0, x.shape[:-1])
+        return torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t()).float().view(*x.shape[:-1], -1)
     return F.linear(x.float(), weight.float())
 
 

@@ -1,12 +1,13 @@
-"""How a kernel starts, and how kernels are compiled side by side before their first start.
+"""How a kernel starts, how kernels are compiled side by side before their first start, and how a GPU begins.
 
 Triton compiles a kernel when it is first launched, so those of a block would compile one after the other. Its passes
 and the compilers it calls leave Python free, so threads do them all in about the time of the slowest.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from threading import Thread
 
 import torch
 
@@ -14,6 +15,28 @@ from dax.kernels.language import triton
 
 AHEAD: ContextVar[list | None] = ContextVar("kernels compiled ahead", default=None)  # None: kernels run
 MOST_THREADS = 16
+
+
+def begin() -> Thread:
+    """Start the current GPU, and let Triton read itself, in a thread, while Python imports what else it needs.
+
+    Both are done once in a process and would wait for the first tensor and the first kernel: the GPU's context, and the
+    sha256 of Triton's compiler, hundreds of MB, which is part of every key of its cache. Neither needs Python.
+    What fails here fails again where it is needed, and is told there.
+    """
+    device = torch.cuda.current_device()  # of this thread: a new one would begin at 0
+    triton_key = None
+    with suppress(ImportError):
+        from triton.runtime.cache import triton_key  # remembers what it returns; in Triton 3.5 and newer
+
+    def work():
+        for step in (lambda: torch.zeros(1, device=torch.device("cuda", device)), triton_key):
+            with suppress(Exception):
+                step()
+
+    thread = Thread(target=work, name="dax begin")
+    thread.start()
+    return thread
 
 
 def start(kernel, grid: tuple, *args, **constants) -> None:

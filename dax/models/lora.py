@@ -21,9 +21,10 @@ def fuse_lora(transformer: nn.Module, path: "str | Path", scale: float = 1.0) ->
 
     scale   how much of it; 0 leaves the weights as they are
     DaxError("bad_model"), before any weight is changed: not a safetensors file, no key matches or only some do, wrong
-    shapes, an unfinished pair, values that are not finite; ("bad_request") for a layer that is quantised already.
+    shapes, an unfinished pair, values that are not finite, differences of whole tensors; ("bad_request") for a layer
+    that is quantised already.
     """
-    pairs, alpha = read_pairs(path)
+    pairs = read_pairs(path)
     layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)}
     unknown = [name for name in pairs if name not in layers]
     if unknown:
@@ -32,7 +33,7 @@ def fuse_lora(transformer: nn.Module, path: "str | Path", scale: float = 1.0) ->
             f"LoRA {path}: {len(pairs) - len(unknown)} of {len(pairs)} layers matched; this model has no "
             f"{unknown[0]!r}{nearest(unknown[0], layers)}",
         )
-    for name, (down, up) in pairs.items():
+    for name, (down, up, _) in pairs.items():
         layer = layers[name]
         if isinstance(layer, QuantLinear):
             raise DaxError("bad_request", f"LoRA {path}: {name} is quantised already: fuse first, then quantise")
@@ -46,36 +47,48 @@ def fuse_lora(transformer: nn.Module, path: "str | Path", scale: float = 1.0) ->
         if not (down.isfinite().all() and up.isfinite().all()):
             raise DaxError("bad_model", f"LoRA {path}: {name} has NaN or infinity in it: the file is damaged")
     with torch.no_grad():
-        for name, (down, up) in pairs.items():
+        for name, (down, up, factor) in pairs.items():
             weight = layers[name].weight
             down, up = (matrix.to(weight.device, torch.float32) for matrix in (down, up))
-            weight.copy_(weight.float() + scale * (alpha or len(down)) / len(down) * (up @ down))
+            weight.copy_(weight.float() + scale * factor * (up @ down))
     return len(pairs)
 
 
-def read_pairs(path: "str | Path") -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float | None]:
-    """({layer: (A [r, K], B [N, r])} of a file, the alpha that its header states or None: the rank)."""
+def read_pairs(path: "str | Path") -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """{layer: (A [r, K], B [N, r], what their product counts)} of a file."""
     from diffusers import WanPipeline
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}
+        dropped = [name for name in state if name.endswith((".diff", ".diff_b")) and state[name].any()]
         state = WanPipeline.lora_state_dict(state)
+        state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+        names = list(dict.fromkeys(key[: -len(PAIR[0])] for key in state if key.endswith(PAIR)))
+        left = set(state) - {name + end for name in names for end in PAIR}
+        torn = [name for name in names if not all(name + end in state for end in PAIR)]
+        if not names or left or torn or dropped:
+            odd = sorted([*left, *torn, *dropped])[:1] or ["no pair of matrices at all"]
+            raise DaxError("bad_model", f"LoRA {path}: {len(names)} layers, and what cannot be fused: {odd[0]}")
+        down_up = {name: [state[name + end] for end in PAIR] for name in names}
+        return {name: (*pair, strength(header, name, len(pair[0]))) for name, pair in down_up.items()}
     except (OSError, SafetensorError) as error:
         raise DaxError(
             "bad_model", f"LoRA {path}: not a safetensors file ({error}); pickled ones are not read"
         ) from None
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, ZeroDivisionError) as error:
         raise DaxError("bad_model", f"LoRA {path}: not of a format diffusers knows for Wan ({error})") from None
-    state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
-    names = list(dict.fromkeys(key[: -len(PAIR[0])] for key in state if key.endswith(PAIR)))
-    left = set(state) - {name + end for name in names for end in PAIR}
-    torn = [name for name in names if not all(name + end in state for end in PAIR)]
-    if not names or left or torn:
-        odd = sorted([*left, *torn])[:1] or ["no pair of matrices at all"]
-        raise DaxError("bad_model", f"LoRA {path}: {len(names)} layers, and what cannot be fused: {odd[0]}")
-    return {name: (state[name + PAIR[0]], state[name + PAIR[1]]) for name in names}, metadata.get(
-        "transformer.lora_alpha"
-    )
+
+
+def strength(header: dict, name: str, rank: int) -> float:
+    """What B A of a layer counts: alpha / rank; rank-stabilised, alpha / sqrt(rank); 1 where the header says nothing.
+
+    header   peft's config as diffusers writes it; `alpha_pattern` names layers by the end of their names
+    """
+    alpha = header.get("transformer.lora_alpha") or rank
+    for pattern, its_own in (header.get("transformer.alpha_pattern") or {}).items():
+        if f".{name}".endswith(f".{pattern}"):
+            alpha = its_own
+    return alpha / (rank**0.5 if header.get("transformer.use_rslora") else rank)

@@ -2,15 +2,18 @@
 
 They depend on the embeddings of prompt and image and on weights alone. A forward of the transformer announces the ones
 it was given; what was computed for them serves as long as those very tensors live, neither they nor a weight were
-changed in place, and the run goes on. The results are the same bits as without.
+changed in place, and the loop goes on. The results are the same bits as without. A layer under an adapter is not
+remembered, since an adapter's strength is no tensor; a weight written through `.data` torch cannot tell.
 """
 
 import weakref
 from collections.abc import Callable
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
 
+from dax.cache.run import around_loop
 from dax.edits import Edits
 
 MOST_PROMPTS = 4  # remembered at a time: guidance has two
@@ -60,6 +63,14 @@ class TextMemory:
             entry = self.layers[id(attn)] = (state, compute(attn, text))
         return entry[1]
 
+    @contextmanager
+    def loop(self):
+        """A pipeline's loop runs inside: when it ends, the memory is given back."""
+        try:
+            yield
+        finally:
+            self.clear()
+
     def forget(self, key: tuple, gone) -> None:
         if key in self.known and any(ref is gone for ref in self.known[key][0]):
             del self.known[key]
@@ -71,7 +82,9 @@ class TextMemory:
 
 
 def version(module, *tensors) -> tuple | None:
-    """Changes when a tensor of the module, or one given, is replaced or changed in place; None if torch cannot tell."""
+    """Changes when a tensor of the module, or one given, is replaced or changed in place; None if it cannot be told."""
+    if any(hasattr(part, "base_layer") for part in module.modules()):  # an adapter can be turned up and down
+        return None
     try:
         return tuple((id(x), x._version) for x in chain(module.parameters(), module.buffers(), tensors))
     except RuntimeError:  # made under inference_mode
@@ -79,18 +92,12 @@ def version(module, *tensors) -> tuple | None:
 
 
 def remember_text(target, edits: Edits) -> TextMemory:
-    """A memory fed by the forwards of the target's transformers, cleared by undo and at the end of a pipeline's run."""
+    """A memory fed by the forwards of the target's transformers, cleared by undo and when a pipeline's loop ends."""
     memory = TextMemory()
     for transformer in target.transformers:
         edits.hook(transformer.register_forward_pre_hook, memory.announce, with_kwargs=True)
         edits.hook(transformer.register_forward_hook, memory.conclude, always_call=True)
     edits.call(lambda: None, memory.clear)
     if target.pipe is not None:
-        finish = target.pipe.maybe_free_model_hooks  # the last thing a pipeline's call does
-
-        def end_of_run():
-            memory.clear()
-            return finish()
-
-        edits.set_attribute(target.pipe, "maybe_free_model_hooks", end_of_run)
+        around_loop(target.pipe, memory.loop, edits)
     return memory

@@ -2,8 +2,9 @@
 
 The vendor's block keeps its class, its names and its weights; only its `forward` is replaced, on the instance. Between
 two matrix products an activation is read once and written once: norm, modulation and 8 bits in one pass, q, k and v in
-one product, gate and residual inside the product before them. Every layer is looked at when it runs: one that carries
-an adapter, or whose neighbours are quantised otherwise, runs by itself, as the vendor has it.
+one product, GELU inside the product before it, gate and residual inside the 8-bit product before them or, in bf16, in
+one pass with the norm after them. Every layer is looked at when it runs: one that carries an adapter, or whose
+neighbours are quantised otherwise, runs by itself, as the vendor has it.
 """
 
 from collections import Counter
@@ -16,7 +17,7 @@ from torch import nn
 from dax.edits import Edits
 from dax.errors import DaxError
 from dax.kernels.gated_residual import gated_residual
-from dax.kernels.norm_modulate import norm_modulate, norm_modulate_quantize
+from dax.kernels.norm_modulate import norm_modulate, norm_modulate_quantize, residual_norm_modulate
 from dax.kernels.scaled_linear import scaled_linear
 from dax.kernels.start import compiled_ahead
 from dax.models.token_time import modulation
@@ -40,17 +41,16 @@ def block_forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
 
     h = normed(x, 1 + scale, shift, block.norm1.eps, projections(attn1), times.split)
     o = attend_heads(attn1, *queries_keys_values(attn1, h, x.dtype), rotary_emb, attn1.processor.backend)
-    x = added(attn1.to_out[0], o, gate, x, times.split)
-
     norm = block.norm2
     if isinstance(norm, nn.Identity):
-        h = x
+        h = x = added(attn1.to_out[0], o, gate, x, times.split)
     else:
-        h = normed(x, norm.weight[None, None], norm.bias[None, None], norm.eps, [attn2.to_q])
+        affine = norm.weight[None, None], norm.bias[None, None], norm.eps
+        x, h = added_normed(attn1.to_out[0], o, gate, x, *affine, [attn2.to_q], times.split)
     o = attend_text(attn2, run(attn2.to_q, h, x.dtype), text, attn2.processor.backend, attn2.processor.text)
-    x = added(attn2.to_out[0], o, None, x)
 
-    h = normed(x, 1 + ffn_scale, ffn_shift, block.norm3.eps, [ffn_in.proj], times.split)
+    modulated = 1 + ffn_scale, ffn_shift, block.norm3.eps
+    x, h = added_normed(attn2.to_out[0], o, None, x, *modulated, [ffn_in.proj], times.split)
     return added(ffn_out, gelu(ffn_in, h, ffn_out, x.dtype), ffn_gate, x, times.split)
 
 
@@ -118,10 +118,35 @@ def run(layer, h: Activation, dtype: torch.dtype) -> torch.Tensor:
 def gelu(ffn_in, h: Activation, following, dtype: torch.dtype) -> Activation:
     """The first half of the feed-forward, as the second half takes it."""
     if not isinstance(h, tuple):
-        return ffn_in(h)
+        return linear_gelu(ffn_in.proj, h) if gelu_in_product(ffn_in, h) else ffn_in(h)
     if takes_codes(following):
         return ffn_in.proj.forward_gelu_quantized(*h, following, dtype)
     return ffn_in.proj.forward_quantized(*h, dtype, gelu=True)
+
+
+def gelu_in_product(ffn_in, h: torch.Tensor) -> bool:
+    """Whether torch computes this GELU inside its product: the tanh form, on a GPU, of a linear layer without hooks."""
+    proj = ffn_in.proj
+    hooked = "forward" in vars(proj) or proj._forward_pre_hooks or proj._forward_hooks
+    plain = type(proj) is nn.Linear and proj.bias is not None and not hooked
+    return h.is_cuda and ffn_in.approximate == "tanh" and plain
+
+
+def linear_gelu(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """GELU(tanh) of a linear layer with a bias, [B, S, K] -> [B, S, N], on a GPU; what comes between stays in fp32.
+
+    On a CPU the same call of torch means GELU(erf).
+    """
+    y = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
+    return y.unflatten(0, x.shape[:-1])
+
+
+def added_normed(layer, h: Activation, gate, residual, weight, bias, eps: float, layers: list, split: int = 0):
+    """(x, normed(x)) of x = added(...): in one pass where neither `layer` nor `layers` take 8 bits."""
+    if takes_codes(layer) or share_codes(layers):
+        x = added(layer, h, gate, residual, split)
+        return x, normed(x, weight, bias, eps, layers, split)
+    return residual_norm_modulate(layer(h), gate, residual, weight, bias, eps, split)
 
 
 def added(layer, h: Activation, gate, residual, split: int = 0) -> torch.Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from dax.cache.checkpoint import TENSOR, digest, joint_digest
+from dax.quant.linear import QuantLinear
 
 
 @torch.no_grad()
@@ -22,7 +23,8 @@ def time_embeddings(transformer, timesteps, projected: bool) -> torch.Tensor:
 
 
 def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return nn.functional.linear(x, layer.weight.float(), layer.bias.float())
+    weight = layer.dequantized() if isinstance(layer, QuantLinear) else layer.weight.float()
+    return nn.functional.linear(x, weight, layer.bias.float())
 
 
 def checkpoint_digest(*transformers) -> str:

@@ -58,7 +58,7 @@ LINKS = {
 }
 DIRECT = Link(20e-6, 360e9)  # through a window, over NVLink's 18 links: a guess from public figures, not measured yet
 NVLINK = ("a100", "h20", "h100", "h200", "b200")
-TRAFFIC = {"8bit": 20.5, "bf16": 23.4}  # of a fused block
+TRAFFIC = {"8bit": 20.5, "bf16": 18}  # of a fused block
 
 
 def cluster_of(machine, attention: str, linear: str, node: int = 8) -> Cluster | None:

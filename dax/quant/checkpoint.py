@@ -10,7 +10,9 @@ from pathlib import Path
 
 from torch import nn
 
+from dax.edits import Edits
 from dax.errors import DaxError
+from dax.quant.apply import refuse_saving
 from dax.quant.layers import linears
 from dax.quant.linear import QuantLinear
 from dax.quant.scheme import Rule
@@ -68,6 +70,7 @@ def load(module: nn.Module, path: "str | Path", source: str | None = None) -> in
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, new.train(old.training))
     module.load_state_dict(tensors, assign=True)
+    refuse_saving(module, Edits())
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return len(rules)

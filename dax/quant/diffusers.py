@@ -10,7 +10,8 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from dax.quant.apply import planned, quantize_
+from dax.edits import Edits
+from dax.quant.apply import planned, replace
 from dax.quant.linear import QuantLinear
 
 SCALES = (".weight_scale", ".input_scale")
@@ -66,7 +67,8 @@ class DaxQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model, **_):
         if not self.pre_quantized:
-            quantize_(model, self.quantization_config.rules, self.quantization_config.granularity)
+            config = self.quantization_config
+            replace(model, planned(model, config.rules, config.granularity), Edits(), keep=False)
         return model
 
 

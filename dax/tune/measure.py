@@ -7,6 +7,7 @@ from dax.bench.compare_cells import Cells
 from dax.bench.compare_run import Runner, keys_of, versions
 from dax.bench.compare_variants import Arrangement, floor
 from dax.bench.prompts import default_prompts, read_prompts
+from dax.cache.step_plan import BRANCHES
 from dax.errors import DaxError
 from dax.generate import run
 from dax.generate.request import check_memory, make_request
@@ -58,10 +59,10 @@ class Bench:
 
     def forwards(self, each: Arrangement) -> int:
         """Forwards of one clip, from the step plan alone."""
-        branches = 2 if self.request.guidance_scale > 1 else 1
+        branches = BRANCHES if self.request.guidance_scale > 1 else BRANCHES[:1]
         found = each.resolved
         plan = schedule(found.plan.cache, found.calibration, self.facts, self.request, self.checkpoint)
-        return branches * self.request.steps if plan is None else sum(plan.computed.values())
+        return sum(self.request.steps if plan is None else plan.computed[branch] for branch in branches)
 
     def cost(self, each: Arrangement) -> float:
         here, exact = self.forwards(each), self.forwards(self.exact)

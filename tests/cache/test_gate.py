@@ -291,6 +291,26 @@ def test_guidance_switched_on_in_the_middle_computes_first(random_pipe):
     assert computed["uncond"] >= 2
 
 
+def test_guidance_switched_on_in_the_last_step(random_pipe):
+    def on(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 4.0 if step == STEPS - 2 else 1.0
+        return {}
+
+    texts = dict(zip(("prompt_embeds", "negative_prompt_embeds"), random_pipe.encode_prompt("a", "b", True)))
+    size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": STEPS, "output_type": "latent"}
+
+    def clip():
+        generator = torch.Generator().manual_seed(0)
+        return random_pipe(**texts, **size, guidance_scale=1.0, generator=generator, callback_on_step_end=on).frames
+
+    stock = clip()
+    ones = (COMPUTE,) * STEPS
+    gate = put(random_pipe, StepPlan(ones, ones, "ones"))
+    with pytest.warns(UserWarning, match="never fired"):
+        assert torch.equal(clip(), stock)
+    assert gate.last.computed == {"cond": STEPS, "uncond": 1} and gate.run is None
+
+
 @pytest.mark.parametrize(
     ("says", "announced"),
     [

@@ -101,6 +101,16 @@ def test_teacache_on_the_time_embeddings_of_the_tiny_wan():
         assert mask == official_teacache(found, line.coefficients, 0.1, True) and 5 < mask.count("1") < 50
 
 
+def test_time_embeddings_of_an_embedder_in_8_bits_are_near_its_own(random_pipe):
+    from dax.models.wan_steps import time_embeddings
+    from dax.quant import quantize_
+
+    transformer, steps = random_pipe.transformer, torch.tensor([900.0, 500.0, 100.0])
+    stock = time_embeddings(transformer, steps, projected=True)
+    quantize_(transformer, {"condition_embedder": "int8"})
+    assert (time_embeddings(transformer, steps, projected=True) - stock).norm() < 0.05 * stock.norm()
+
+
 def test_a_negative_increment_counts_as_zero():
     sinking = Polynomial((-1.0, 0.0), True, Setting())
     assert teacache_mask([0.1] * 9, sinking, 0.5, 1, 0) == "1" + "0" * 9

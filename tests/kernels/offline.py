@@ -88,6 +88,7 @@ def compile_for_tokens() -> None:
     cases = {
         "attention_int8": lambda s: attention_int8.case(1, s, s, 2, 128),
         "gated_residual": lambda s: gated_residual.case(1, s, 384, 1),
+        "residual_norm_modulate": lambda s: norm_modulate.residual_case(1, s, 384, (1, 1), (1, 1)),
         "norm_modulate_quantize": lambda s: norm_modulate.case(1, s, 384, 1, torch.int8),
         "qk_norm_rope": lambda s: qk_norm_rope.case(1, s, 2, 128, fused=True),
         "q_quantize": lambda s: qk_quantize.q_case(1, s, 2, 128, fused=True),

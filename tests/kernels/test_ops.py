@@ -85,7 +85,7 @@ def test_a_kernel_serves_any_number_of_tokens(offline):
     needed = {}
     for row in offline("tokens"):
         needed.setdefault(row["op"], []).append(row["kernels"])
-    assert len(needed) == 10
+    assert len(needed) == 11
     for op, kernels in needed.items():
         assert kernels[0] and kernels[0] == kernels[1] == kernels[2], op
 

@@ -23,6 +23,11 @@ def pairs(layers=LAYERS, rank=4, prefix="transformer."):
     return made
 
 
+ORIGINAL = pairs(
+    {f"blocks.{block}.self_attn.{name}": (64, 64) for block in range(2) for name in "qkvo"}, prefix="diffusion_model."
+)
+
+
 @pytest.fixture
 def written(tmp_path):
     def write(tensors, **metadata):
@@ -44,24 +49,27 @@ def test_it_is_added_to_the_weights_and_to_no_other(random_pipe, written):
         assert torch.allclose(weight, before[name] + delta, atol=1e-6), name
 
 
-def test_the_alpha_of_its_header_counts(random_pipe, written):
+@pytest.mark.parametrize(
+    ("says", "factor"),
+    [
+        ({}, 2),
+        ({"transformer.use_rslora": True}, 4),
+        ({"transformer.alpha_pattern": {"attn1.to_q": 12, "blocks.1": 5}}, 3),
+    ],
+)
+def test_the_alpha_of_its_header_counts(random_pipe, written, says, factor):
     layer = random_pipe.transformer.blocks[0].attn1.to_q
     before, state = layer.weight.clone(), pairs()
-    header = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})
+    header = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8, **says})
     fuse_lora(random_pipe.transformer, written(state, lora_adapter_metadata=header))
     delta = (
         state["transformer.blocks.0.attn1.to_q.lora_B.weight"] @ state["transformer.blocks.0.attn1.to_q.lora_A.weight"]
     )
-    assert torch.allclose(layer.weight, before + 2 * delta, atol=1e-5)
+    assert torch.allclose(layer.weight, before + factor * delta, atol=1e-5)
 
 
 def test_the_format_of_the_original_repository(random_pipe, written):
-    state = {}
-    for projection in ("q", "k", "v", "o"):
-        for block in range(2):
-            name = f"diffusion_model.blocks.{block}.self_attn.{projection}"
-            state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = torch.randn(4, 64), torch.randn(64, 4)
-    assert fuse_lora(random_pipe.transformer, written(state)) == 8
+    assert fuse_lora(random_pipe.transformer, written(ORIGINAL)) == 8
 
 
 def test_fused_then_quantised(random_pipe, written):
@@ -93,6 +101,10 @@ def test_fused_then_quantised(random_pipe, written):
         (
             pairs() | {"transformer.blocks.0.attn1.to_q.diff": torch.zeros(3)},
             "cannot be fused: blocks.0.attn1.to_q.diff",
+        ),
+        (
+            ORIGINAL | {"diffusion_model.blocks.0.norm3.diff": torch.ones(64)},  # diffusers drops it without a word
+            "cannot be fused: diffusion_model.blocks.0.norm3.diff",
         ),
         ({"something.weight": torch.zeros(3)}, "0 layers, and what cannot be fused: something.weight"),
         ({key: tensor * float("nan") for key, tensor in pairs().items()}, "has NaN or infinity in it"),

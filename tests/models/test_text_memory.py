@@ -79,6 +79,52 @@ def test_every_change_is_seen(counted):
         assert not memory.known and not model._forward_pre_hooks and not model._forward_hooks
 
 
+class Adapter(torch.nn.Module):
+    """A layer on top of another whose strength is a number, as peft has it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.strength = base_layer, 1.0
+
+    def forward(self, x):
+        return (1 + self.strength) * self.base_layer(x)
+
+
+@pytest.mark.parametrize("where", ["blocks.0.attn2.to_v", "condition_embedder.text_embedder.linear_1"])
+def test_an_adapter_that_is_turned_down_between_steps_is_heard(random_pipe, where):
+    parent, _, leaf = where.rpartition(".")
+    parent = random_pipe.transformer.get_submodule(parent)
+    adapter = Adapter(getattr(parent, leaf))
+    setattr(parent, leaf, adapter)
+
+    def turn_down(pipe, step, timestep, tensors):
+        adapter.strength = 0.0
+        return {}
+
+    def clip():
+        adapter.strength = 1.0
+        return run(random_pipe, callback_on_step_end=turn_down)
+
+    stock = clip()
+    with dax.optimize(random_pipe):
+        assert ((clip() - stock).norm() / stock.norm()).item() < 1e-5
+
+
+def test_a_loop_that_fails_leaves_nothing(random_pipe):
+    texts = {name: torch.randn(1, 512, 32) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    memory_of = lambda: random_pipe.transformer.blocks[0].attn2.processor.text  # noqa: E731
+    seen = []
+
+    def fail(*_):
+        seen.append(len(memory_of().known))
+        raise RuntimeError("stop")
+
+    with dax.optimize(random_pipe):
+        with pytest.raises(RuntimeError, match="stop"):
+            random_pipe(**texts, height=64, width=64, num_frames=9, num_inference_steps=2, callback_on_step_end=fail)
+        assert seen == [2] and memory_of().known == {}
+
+
 def test_nothing_is_remembered_with_gradients_or_in_inference_mode(counted):
     pipe, calls = counted
     model, layers = pipe.transformer, len(pipe.transformer.blocks)

@@ -55,9 +55,10 @@ def test_the_longest_rule_wins_and_children_inherit():
         ({"*": "int7"}, "'int7' is not known"),
         ({"*": "none"}, "leave none of"),
         ({}, "leave none of"),
+        ({"*": "fp8"}, "add the rule condition_embedder.time_embedder.linear_1: none"),
     ],
 )
-def test_rules_that_do_nothing_are_refused(random_pipe, rules, text):
+def test_rules_that_cannot_be_followed_are_refused(random_pipe, rules, text):
     before = bits(random_pipe.transformer)
     with pytest.raises(DaxError, match=text) as caught:
         quantize_(random_pipe.transformer, rules)
@@ -70,6 +71,46 @@ def test_any_module_in_one_call():
     wanted = model(x)
     assert quantize_(model, "int8") == 2 and all(type(model[i]) is QuantLinear for i in (0, 2))
     assert relative(model(x), wanted) < 0.03
+
+
+def test_a_linear_layer_alone_has_no_place_to_be_replaced_in():
+    with pytest.raises(DaxError, match="itself a linear layer: use QuantLinear.from_float"):
+        quantize_(nn.Linear(64, 64), "int8")
+
+
+@pytest.mark.parametrize("how", ["plan", "quantize_"])
+def test_codes_are_not_saved_as_if_they_were_weights(random_pipe, tmp_path, how):
+    transformer = random_pipe.transformer
+    engine = dax.optimize(random_pipe, linear={"scheme": "int8"}) if how == "plan" else None
+    if engine is None:
+        quantize_(transformer, {"blocks": "int8"})
+    for saver in (random_pipe, transformer):
+        with pytest.raises(DaxError, match="save_pretrained: the linear layers have 8 bits"):
+            saver.save_pretrained(tmp_path)
+    if engine is not None:
+        engine.undo()
+        transformer.save_pretrained(tmp_path)
+        again = type(transformer).from_pretrained(tmp_path)
+        assert torch.equal(velocity(again), velocity(transformer))
+
+
+class Adapter(nn.Module):
+    """A layer on top of another, as peft puts it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x):
+        return 2 * self.base_layer(x)
+
+
+def test_undo_leaves_an_adapter_that_was_loaded_meanwhile(random_pipe):
+    block = random_pipe.transformer.blocks[0]
+    old = block.attn1.to_q
+    with dax.optimize(random_pipe, linear={"scheme": "int8"}):
+        adapter = block.attn1.to_q = Adapter(block.attn1.to_q)
+    assert block.attn1.to_q is adapter and adapter.base_layer is old
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

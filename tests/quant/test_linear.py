@@ -62,6 +62,13 @@ def test_codes_handed_over_give_the_same_result():
     assert torch.equal(quantised.forward_quantized(*quantised.quantize(x), torch.float32), quantised(x))
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8_weight_only"])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1, 3), (0,), (2, 0)])
+def test_any_leading_shape(scheme, shape):
+    quantised, x = QuantLinear.from_float(layer(), scheme), torch.randn(*shape, 64)
+    assert torch.equal(quantised(x), quantised(x.reshape(-1, 64)).reshape(*shape, 48))
+
+
 def test_gelu_gate_and_residual_are_part_of_it():
     first, second = (
         QuantLinear.from_float(layer(64, 128), "int8"),
