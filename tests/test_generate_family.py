@@ -8,7 +8,8 @@ from PIL import Image
 from dax.bench.model import facts_of
 from dax.errors import DaxError
 from dax.generate.preflight import preflight
-from dax.generate.run import Job, check_model, generate
+from dax.generate.run import Job, generate
+from dax.generate.settle import check_model
 from tests.broken import change, edit, refused
 from tests.conftest import build_ti2v_pipe, build_vace_pipe
 from tests.models.test_image_to_video import picture

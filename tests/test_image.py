@@ -15,7 +15,8 @@ from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate.image import MOST_PIXELS, read_image, read_images, stretched
 from dax.generate.preflight import preflight
-from dax.generate.run import Job, check_model, generate
+from dax.generate.run import Job, generate
+from dax.generate.settle import check_model
 from dax.generate.shapes import image_encoder_shapes
 from dax.models.tiny import FOLDER
 from tests.broken import change, edit, refused

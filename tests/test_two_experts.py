@@ -13,7 +13,8 @@ from dax.facts import FACTS
 from dax.generate import video
 from dax.generate.preflight import preflight
 from dax.generate.request import check_memory, experts_bytes, make_request
-from dax.generate.run import Job, check_model, generate
+from dax.generate.run import Job, generate
+from dax.generate.settle import check_model
 from dax.generate.steps import checkpoint_of
 from dax.plan import Plan
 from tests.broken import WEIGHTS, change, edit, refused

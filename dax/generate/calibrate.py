@@ -15,7 +15,7 @@ from dax.cache.step_plan import Setting
 from dax.cache.teacache import changes
 from dax.errors import DaxError
 from dax.generate.request import make_request
-from dax.generate.run import check_model
+from dax.generate.settle import check_model
 from dax.generate.stages import load, set_flow_shift
 from dax.generate.steps import checkpoint_of
 from dax.generate.video import check_target
