@@ -91,8 +91,11 @@ class Facts:
         """Transformers that share the loop."""
         return 1 if self.boundary_ratio is None else 2
 
-    def expert_steps(self, timesteps: Sequence[float], train_steps: int = 1000) -> tuple[int, ...]:
-        """How many of a loop's steps each expert takes, by the timesteps of a scheduler trained on `train_steps`."""
+    def expert_steps(self, timesteps: Sequence[float], train_steps: int) -> tuple[int, ...]:
+        """How many of a loop's steps each expert takes, by the timesteps of a scheduler that has so many training steps.
+
+        Noise levels are timesteps of a single one.
+        """
         if self.boundary_ratio is None:
             return (len(timesteps),)
         first = sum(t >= self.boundary_ratio * train_steps for t in timesteps)  # they fall

@@ -123,8 +123,7 @@ def expert_figures(facts: Facts, plan: Plan, steps: int, cached: dict | None) ->
 
     forwards   that each computes, both branches
     """
-    timesteps = [1000 * sigma for sigma in flow_sigmas(steps, facts.defaults.flow_shift)]
-    shares = facts.expert_steps(timesteps)
+    shares = facts.expert_steps(flow_sigmas(steps, facts.defaults.flow_shift), 1)
     masks = [cached[branch] for branch in cached["computed"]] if cached else FORWARDS_PER_STEP * ["1" * steps]
     parts = slice(0, shares[0]), slice(shares[0], steps)
     eight_bits, idle_on_host = plan.linear.scheme != "none", plan.offload == "experts"

@@ -75,22 +75,22 @@ def resolve_cache(
 
 
 def maker(cache: Cache, found: Artifact | None, facts: Facts, embeddings: Callable | None = None) -> Callable:
-    """make(setting, sigmas, timesteps) -> StepPlan for a resolved part and its calibration, see `gate.Gate`.
+    """make(setting, sigmas, timesteps, train_steps) -> StepPlan for a resolved part and its calibration, see `Gate`.
 
     With two experts nothing of the second is predicted from what the first said: it begins with a computed step.
     embeddings   (timesteps, projected) -> [steps, C] fp32 time embeddings of the model; without it a TeaCache plan is
                  known only if the calibration holds its numbers, else make returns None
     """
 
-    def make(setting: Setting, sigmas: Sequence[float] | None, timesteps=None) -> StepPlan | None:
+    def make(setting: Setting, sigmas: Sequence[float] | None, timesteps=None, train_steps=None) -> StepPlan | None:
         plan = table(setting, sigmas, timesteps)
         if plan is None or facts.num_experts == 1:
             return plan
         if timesteps is None:
-            timesteps = [1000 * sigma for sigma in sigmas or flow_sigmas(setting.steps, setting.flow_shift)]
+            shares = facts.expert_steps(sigmas or flow_sigmas(setting.steps, setting.flow_shift), 1)
         else:
-            timesteps = timesteps.tolist()
-        return plan.restarted(facts.expert_steps(timesteps)[0])
+            shares = facts.expert_steps(timesteps.tolist(), train_steps)
+        return plan.restarted(shares[0])
 
     def table(setting: Setting, sigmas: Sequence[float] | None, timesteps) -> StepPlan | None:
         steps = setting.steps
