@@ -92,7 +92,7 @@ class Facts:
         return 1 if self.boundary_ratio is None else 2
 
     def expert_steps(self, timesteps: Sequence[float], train_steps: int) -> tuple[int, ...]:
-        """How many of a loop's steps each expert takes, by the timesteps of a scheduler that has so many training steps.
+        """How many of a loop's steps each expert takes, by timesteps of a scheduler of so many training steps.
 
         Noise levels are timesteps of a single one.
         """
