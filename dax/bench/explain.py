@@ -195,7 +195,7 @@ def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool, ranks: Ranks
         return resolve(asked, facts, machine, strict, checkpoint=checkpoint, ranks=ranks)
     check_reuse(asked, facts)
     cache, calibration, notes, fallbacks = resolve_cache(
-        asked.cache, facts.name, checkpoint, kernels_of(asked), facts.num_experts
+        asked.cache, facts.name, checkpoint, kernels_of(asked), facts.plain
     )
     plan = asked.model_copy(update={"cache": cache})
     return Resolved(plan, tuple(notes), tuple(fallbacks), calibration=calibration)

@@ -153,7 +153,7 @@ def check_model(model: str | None, family: bool = False) -> Checked:
             f"{model}: {checked.facts.name} takes a control video, which the command line does not: load it as "
             "diffusers' WanVACEPipeline and call dax.optimize on that",
         )
-    if (checked.facts.num_images or checked.facts.num_experts == 2) and not family:
+    if not (checked.facts.plain or family):
         why = "starts from an image" if checked.facts.num_images else "has two experts"
         raise DaxError(
             "bad_model",
