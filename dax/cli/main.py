@@ -16,6 +16,7 @@ from dax.errors import EXIT_CODES, DaxError
 app = typer.Typer(
     name="dax",
     help="Diffusion Accelerated eXecution: run diffusion transformers faster, and know what it cost.",
+    epilog="With any command: -v, --verbose shows where an error comes from.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,

@@ -171,8 +171,12 @@ def last_line(record: dict) -> str:
     """What people quote: file, clip, time, forwards, device, plan."""
     seconds, computed = record["seconds"], record["computed"]
     return (
-        f"{record['path']}: {record['num_frames']} frames {record['width']}x{record['height']} in "
-        f"{seconds['total']:.1f} s (denoise {seconds['denoise']:.1f} s, {record['steps']} steps, "
+        f"{record['path']}: {count(record['num_frames'], 'frame')} {record['width']}x{record['height']} in "
+        f"{seconds['total']:.1f} s (denoise {seconds['denoise']:.1f} s, {count(record['steps'], 'step')}, "
         f"{computed['cond']} + {computed['uncond']} forwards), {record['peak_memory_gib']:.1f} GiB, on "
         f"{record['device']}, plan {record['plan_hash'][:8]}, seed {record['seed']}"
     )
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
