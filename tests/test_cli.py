@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -197,5 +198,31 @@ def test_row_44_a_second_signal_is_a_hard_exit(tmp_path):
     process = start_and_wait(tmp_path, "denoise", stubborn=True)
     process.send_signal(2)
     assert process.stdout.readline() == "unmoved\n"
+    time.sleep(0.5)
     process.send_signal(2)
     assert process.wait(timeout=5) == 130
+
+
+@pytest.mark.fault(44)
+def test_row_44_it_ends_at_once_inside_a_long_operation_too():
+    script = """
+        import hashlib
+        from dax.cli.main import listen
+        listen()
+        print("inside", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    try:
+        assert process.stdout.readline() == "inside\n"
+        time.sleep(0.5)
+        for _ in range(2):  # no one is ended by a signal that comes twice at a time
+            process.send_signal(2)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(2)
+        assert process.wait(timeout=5) == 130
+    finally:
+        process.kill()
