@@ -91,8 +91,16 @@ class Facts:
         """Transformers that share the loop."""
         return 1 if self.boundary_ratio is None else 2
 
-    def expert_steps(self, timesteps: Sequence[float], train_steps: int = 1000) -> tuple[int, ...]:
-        """How many of a loop's steps each expert takes, by the timesteps of a scheduler trained on `train_steps`."""
+    @property
+    def plain(self) -> bool:
+        """Text-to-video by one transformer: all that `dax compare`, `tune` and `calibrate` know so far."""
+        return not self.control_layers and self.num_images == 0 and self.num_experts == 1
+
+    def expert_steps(self, timesteps: Sequence[float], train_steps: int) -> tuple[int, ...]:
+        """How many of a loop's steps each expert takes, by timesteps of a scheduler of so many training steps.
+
+        Noise levels are timesteps of a single one.
+        """
         if self.boundary_ratio is None:
             return (len(timesteps),)
         first = sum(t >= self.boundary_ratio * train_steps for t in timesteps)  # they fall

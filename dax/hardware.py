@@ -107,6 +107,7 @@ def machine(device: str | None = None) -> Machine:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     here = {
         "cores": len(os.sched_getaffinity(0)),
+        "num_gpus": torch.cuda.device_count(),
         "compiler": os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"),
         "packages": versions(),
     }
@@ -122,7 +123,6 @@ def machine(device: str | None = None) -> Machine:
         name=properties.name,
         sm=10 * properties.major + properties.minor,
         memory_gib=round(properties.total_memory / 2**30, 1),
-        num_gpus=torch.cuda.device_count(),
         broken=broken,
         **here,
     )

@@ -93,7 +93,7 @@ def resolve(
         }
     )
     cached, calibration, more, fell = resolve_cache(
-        plan.cache, facts.name, checkpoint, kernels_of(resolved), facts.num_experts
+        plan.cache, facts.name, checkpoint, kernels_of(resolved), facts.plain
     )
     notes, fallbacks = notes + more, fallbacks + fell
     if strict and fallbacks:

@@ -68,9 +68,9 @@ def load(model_id: str, device: str):
     """The pipeline with the scheduler's flow shift at 5, in bf16 on a GPU; the VAE stays in fp32."""
     import torch
 
-    from dax.generate import run, stages
+    from dax.generate import settle, stages
 
-    checked = run.check_model(model_id)
+    checked = settle.check_model(model_id)
     pipe = stages.load(checked, device, torch.bfloat16 if device == "cuda" else torch.float32)
     stages.set_flow_shift(pipe, FLOW_SHIFT)
     return pipe

@@ -182,6 +182,24 @@ def build_expert_pipe(image: bool = False, boundary_ratio: float = 0.875):
     return pipe
 
 
+def stock_frames(pipe, given: dict, images: dict):
+    """The clip of the pipeline as it is, [T, H, W, 3] uint8, of a request's fields and its images' paths."""
+    import torch
+    from PIL import Image
+
+    renamed = {"steps": "num_inference_steps"}
+    fields = {"guidance_scale": 5.0}  # what Facts say of the Wans that are made here
+    fields |= {renamed.get(name, name): value for name, value in given.items() if name != "seed"}
+    frames = pipe(
+        negative_prompt="",
+        generator=torch.Generator().manual_seed(given["seed"]),
+        output_type="np",
+        **fields,
+        **{name: Image.open(path) for name, path in images.items()},
+    ).frames[0]
+    return (frames * 255).round().astype("uint8")
+
+
 def louder(transformer) -> list:
     """Gates near 1, sharp attention, strong residuals: a part that is wrong shows. Returns the cross-attentions."""
     for block in (*transformer.blocks, *getattr(transformer, "vace_blocks", ())):

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 SMALL = ["a red circle", "--height", "32", "--width", "32", "--num-frames", "5", "--steps", "2"]
+TINY = "no --model: the embedded tiny Wan, which knows coloured shapes that move"
+COMMANDS = ("generate", "explain", "compare", "calibrate", "tune", "bench", "inspect", "doctor")
 
 
 def dax(*arguments, cwd=None, **options):
@@ -49,11 +52,17 @@ def test_help_is_quick_and_needs_no_torch():
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert ended.returncode == 0 and ended.stderr.strip() == "[]"
     assert min(spent) < 0.5
-    for command in ("generate", "explain", "compare", "tune", "bench", "inspect", "doctor"):
-        assert command in ended.stdout
+    for word in (*COMMANDS, "--verbose"):
+        assert word in ended.stdout
 
 
-@pytest.mark.parametrize("command", ["generate", "explain", "compare", "tune", "bench", "inspect", "doctor"])
+def test_where_an_error_comes_from_is_told_if_asked():
+    quiet, verbose = dax("inspect", "/nowhere.mp4"), dax("inspect", "/nowhere.mp4", "-v")
+    assert_refused(quiet, 2, "no such file")
+    assert "Traceback" in verbose.stderr and verbose.stderr.endswith(quiet.stderr) and verbose.returncode == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
     ended = dax(command, "--help")
     assert ended.returncode == 0 and "Usage: dax" in ended.stdout
@@ -64,7 +73,7 @@ def test_generate_then_inspect_and_the_name_is_taken(tmp_path):
     assert ended.returncode == 0, ended.stderr
     path = ended.stdout.strip()
     assert path.startswith("outputs/a-red-circle-s5-") and os.listdir(tmp_path / "outputs") == [Path(path).name]
-    assert ended.stderr.splitlines()[0] == "no --model: the embedded tiny Wan"
+    assert ended.stderr.splitlines()[0] == TINY
     assert ended.stderr.splitlines()[-1].startswith(f"{path}: 5 frames 32x32 in ")
     record = json.loads(dax("inspect", path, cwd=tmp_path).stdout)
     assert (record["prompt"], record["guidance_scale"], record["path"]) == ("a red circle", 3.0, path)
@@ -107,7 +116,7 @@ def test_row_42_a_closed_stdout_ends_quietly():
             env=ENVIRONMENT,
         )
     assert ended.returncode == 141
-    assert ended.stderr.splitlines() == ["no --model: the embedded tiny Wan"]
+    assert ended.stderr.splitlines() == [TINY]
 
 
 @pytest.mark.fault(42)
@@ -189,5 +198,31 @@ def test_row_44_a_second_signal_is_a_hard_exit(tmp_path):
     process = start_and_wait(tmp_path, "denoise", stubborn=True)
     process.send_signal(2)
     assert process.stdout.readline() == "unmoved\n"
+    time.sleep(0.5)
     process.send_signal(2)
     assert process.wait(timeout=5) == 130
+
+
+@pytest.mark.fault(44)
+def test_row_44_it_ends_at_once_inside_a_long_operation_too():
+    script = """
+        import hashlib
+        from dax.cli.main import listen
+        listen()
+        print("inside", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    try:
+        assert process.stdout.readline() == "inside\n"
+        time.sleep(0.5)
+        for _ in range(2):  # no one is ended by a signal that comes twice at a time
+            process.send_signal(2)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(2)
+        assert process.wait(timeout=5) == 130
+    finally:
+        process.kill()

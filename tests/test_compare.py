@@ -22,7 +22,7 @@ from dax.bench.plots import Series, bars, curves
 from dax.bench.prompts import default_prompts, read_prompts
 from dax.errors import DaxError
 from dax.generate.request import make_request
-from dax.generate.run import check_model
+from dax.generate.settle import check_model
 from dax.hardware import MACHINES, machine
 from dax.plan import Plan
 from dax.resolve import Resolved

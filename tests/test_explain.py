@@ -216,11 +216,23 @@ def test_two_experts_share_loop_and_memory():
     assert masked["experts"]["forwards"] == [2, 2] and masked["video"]["forwards"] == 4
 
 
-def test_what_two_experts_cannot_have_is_refused():
+def test_what_a_model_cannot_have_is_refused_with_a_way_out_that_it_has():
     for model, sets, says in (
-        ("wan2.2-i2v-a14b", ["cache.policy=magcache"], "nothing is published or calibrated for wan2.2-i2v-a14b"),
+        ("wan2.2-i2v-a14b", ["cache.policy=magcache"], "nothing is published or calibrated .* cache.policy = mask"),
+        ("wan2.1-vace-14b", ["cache.policy=calibrated"], "nothing is published or calibrated .* cache.policy = mask"),
+        ("wan2.2-ti2v-5b", ["cache.policy=calibrated"], "nothing is published or calibrated .* run `dax calibrate`"),
         ("wan2.1-t2v-14b", ["offload=experts"], "wan2.1-t2v-14b has one transformer"),
         ("wan2.2-t2v-a14b", ["offload=experts", "compile=blocks"], "cannot be combined"),
     ):
         with pytest.raises(DaxError, match=says):
             ask(model, None, sets)
+    for model, known in (("wan2.1-i2v-14b-480p", False), ("wan2.1-t2v-14b", True)):
+        (fallback,) = ask(model, "fast")["fallbacks"]
+        assert f"the published mask of {model}" in fallback and ("run `dax calibrate`" in fallback) is known
+
+
+def test_a_card_that_is_too_small_is_said():
+    for model, card, fits in (
+        ("wan2.1-t2v-14b", "rtx4090", False), ("wan2.2-t2v-a14b", "h200", True), ("wan2.2-t2v-a14b", "l40s", False)
+    ):  # fmt: skip
+        assert ("does not fit" not in text(ask(model, "exact", hardware=card))) is fits

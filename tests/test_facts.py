@@ -251,8 +251,9 @@ def test_experts_of_other_shapes_or_none_are_refused():
 
 
 def test_the_experts_share_the_steps_as_the_pipeline_has_it():
-    """t >= boundary_ratio * 1000 is the first expert's."""
+    """t >= boundary_ratio * train_steps is the first expert's; noise levels are timesteps of one training step."""
     facts = FACTS["wan2.2-t2v-a14b"]
-    assert facts.expert_steps([999.0, 875.0, 874.9, 3.0]) == (2, 2)
-    assert facts.expert_steps([874, 3]) == (0, 2) and facts.expert_steps([999]) == (1, 0)
-    assert FACTS["wan2.1-t2v-14b"].expert_steps([999, 3]) == (2,)
+    assert facts.expert_steps([999.0, 875.0, 874.9, 3.0], 1000) == (2, 2)
+    assert facts.expert_steps([874, 3], 1000) == (0, 2) and facts.expert_steps([999], 1000) == (1, 0)
+    assert facts.expert_steps([499, 437], 500) == (1, 1) and facts.expert_steps([0.9, 0.875, 0.8], 1) == (2, 1)
+    assert FACTS["wan2.1-t2v-14b"].expert_steps([999, 3], 1000) == (2,)

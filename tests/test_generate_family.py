@@ -2,15 +2,14 @@
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from dax.bench.model import facts_of
 from dax.errors import DaxError
 from dax.generate.preflight import preflight
-from dax.generate.run import Job, check_model, generate
+from dax.generate.run import Job, generate
+from dax.generate.settle import check_model
 from tests.broken import change, edit, refused
-from tests.conftest import build_ti2v_pipe, build_vace_pipe
+from tests.conftest import build_ti2v_pipe, build_vace_pipe, stock_frames
 from tests.models.test_image_to_video import picture
 
 SMALL = {"prompt": "a cat", "height": 64, "width": 96, "num_frames": 5, "steps": 2, "seed": 5}
@@ -28,14 +27,9 @@ def made(request, tmp_path):
 def test_frames_are_those_of_the_stock_pipeline(made, tmp_path):
     pipe, folder, paths = made
     record = generate(Job(SMALL, str(tmp_path / "clip.npz"), str(folder), **paths))
-    stock = pipe(
-        prompt=SMALL["prompt"], negative_prompt="", height=64, width=96, num_frames=5, num_inference_steps=2,
-        guidance_scale=5.0, generator=torch.Generator().manual_seed(5), output_type="np",
-        **{name: Image.open(path) for name, path in paths.items()},
-    ).frames[0]  # fmt: skip
     saved = np.load(tmp_path / "clip.npz")["frames"]
     assert saved.shape == (5, 64, 96, 3) and saved.std() > 1
-    assert np.abs(saved.astype(int) - (stock * 255).round().astype(int)).max() <= 1
+    assert np.abs(saved.astype(int) - stock_frames(pipe, SMALL, paths)).max() <= 1
     assert len(record["images"]) == len(paths)
 
 

@@ -75,6 +75,11 @@ def fake_gpu(monkeypatch, name: str, major: int, minor: int):
     return machine.__wrapped__("cuda")
 
 
+def test_a_cpu_counts_as_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert machine.__wrapped__("cpu").num_gpus == 0
+
+
 def test_a_known_and_an_unknown_gpu(monkeypatch):
     known = fake_gpu(monkeypatch, "NVIDIA H200", 9, 0)
     assert (known.sm, known.num_gpus, known.memory_gib) == (90, 2, 131.3) and not known.is_data_sheet

@@ -15,11 +15,12 @@ from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate.image import MOST_PIXELS, read_image, read_images, stretched
 from dax.generate.preflight import preflight
-from dax.generate.run import Job, check_model, generate
+from dax.generate.run import Job, generate
+from dax.generate.settle import check_model
 from dax.generate.shapes import image_encoder_shapes
 from dax.models.tiny import FOLDER
 from tests.broken import change, edit, refused
-from tests.conftest import build_image_pipe
+from tests.conftest import build_image_pipe, stock_frames
 
 I2V, FLF2V = FACTS["wan2.1-i2v-14b-480p"], FACTS["wan2.1-flf2v-14b-720p"]
 
@@ -137,13 +138,8 @@ SMALL = {"prompt": "a cat", "height": 32, "width": 48, "num_frames": 5, "steps":
 def test_frames_are_those_of_the_stock_pipeline(image_folder, tmp_path):
     folder, paths, pipe = image_folder
     record = generate(Job(SMALL, str(tmp_path / "clip.npz"), str(folder), **paths))
-    stock = pipe(
-        prompt=SMALL["prompt"], negative_prompt="", height=32, width=48, num_frames=5, num_inference_steps=2,
-        guidance_scale=5.0, generator=torch.Generator().manual_seed(5), output_type="np",
-        **{name: Image.open(path) for name, path in paths.items()},
-    ).frames[0]  # fmt: skip
     saved = np.load(tmp_path / "clip.npz")["frames"]
-    assert np.abs(saved.astype(int) - (stock * 255).round().astype(int)).max() <= 1
+    assert np.abs(saved.astype(int) - stock_frames(pipe, SMALL, paths)).max() <= 1
     assert [image["name"] for image in record["images"]] == [f"{name}.png" for name in paths]
     assert record["warnings"] == []
     other = tmp_path / "other.png"

@@ -3,7 +3,8 @@
 import pytest
 
 from dax.errors import DaxError
-from dax.generate.run import Job, check_model, generate
+from dax.generate.run import Job, generate
+from dax.generate.settle import check_model
 from dax.hardware import machine
 from dax.plan import Plan
 from dax.provenance import Measured, computes, read_measured, save

@@ -318,8 +318,11 @@ def test_bad_input_is_refused_before_anything_runs(job, tuned, monkeypatch):
     monkeypatch.setattr("dax.generate.run.load", lambda *_, **__: pytest.fail("a model was loaded"))
     for changes, says in (
         ({}, "exists; pass --overwrite"),
-        ({"output": job.output.with_name("plan.txt")}, "ends in .yaml"),
-        ({"output": job.output.parent / "no" / "plan.yaml"}, "there is no folder"),
+        ({"output": job.output.with_name("plan.txt")}, "unknown suffix '.txt'; known: .yaml"),
+        ({"output": job.output.parent / "no" / "no" / "plan.yaml"}, "there is no folder"),
+        ({"output": Path("/proc/plan.yaml")}, "/proc/plan.yaml: "),
+        ({"output": job.output.with_name("new.yaml"), "few": 0}, "few 0 must lie from 1"),
+        ({"output": job.output.with_name("new.yaml"), "max_runs": 0}, "max_runs 0 must lie from 1"),
         ({"min_psnr": float("nan"), "overwrite": True}, "min_psnr"),
         ({"min_psnr": None, "max_seconds": -1.0, "overwrite": True}, "max_seconds"),
         ({"min_psnr": None, "overwrite": True}, "--min-psnr DB, --max-seconds S or both"),

@@ -6,18 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate import video
 from dax.generate.preflight import preflight
 from dax.generate.request import check_memory, experts_bytes, make_request
-from dax.generate.run import Job, check_model, generate
+from dax.generate.run import Job, generate
+from dax.generate.settle import check_model
 from dax.generate.steps import checkpoint_of
 from dax.plan import Plan
 from tests.broken import WEIGHTS, change, edit, refused
-from tests.conftest import build_expert_pipe
+from tests.conftest import build_expert_pipe, stock_frames
 from tests.models.test_image_to_video import picture
 
 SMALL = {"prompt": "a cat", "height": 32, "width": 48, "num_frames": 5, "steps": 4, "seed": 5}
@@ -40,13 +40,8 @@ def test_frames_are_those_of_the_stock_pipeline(expert_folder, tmp_path):
     given = SMALL | {"guidance_scale": 6.0, "guidance_scale_2": 2.0}
     job = Job(given, str(tmp_path / "clip.npz"), str(folder), **image)
     record = generate(job)
-    stock = pipe(
-        prompt=SMALL["prompt"], negative_prompt="", height=32, width=48, num_frames=5, num_inference_steps=4,
-        guidance_scale=6.0, guidance_scale_2=2.0, generator=torch.Generator().manual_seed(5), output_type="np",
-        **{name: Image.open(path) for name, path in image.items()},
-    ).frames[0]  # fmt: skip
     saved = np.load(tmp_path / "clip.npz")["frames"]
-    assert np.abs(saved.astype(int) - (stock * 255).round().astype(int)).max() <= 1
+    assert np.abs(saved.astype(int) - stock_frames(pipe, given, image)).max() <= 1
     assert record["computed"] == {"cond": 4, "uncond": 4}
     assert record["computed_by_expert"] == 2 * [{"cond": 2, "uncond": 2}]
     assert (record["guidance_scale"], record["guidance_scale_2"]) == (6.0, 2.0)

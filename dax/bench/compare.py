@@ -18,7 +18,7 @@ from dax.bench.compare_variants import Arrangement, Split, arrangements, differe
 from dax.bench.judge import judge_clips
 from dax.bench.prompts import default_prompts, read_prompts
 from dax.bench.vmaf import vmaf_clips
-from dax.generate import run
+from dax.generate import settle
 from dax.generate.request import check_memory, check_whole, make_request
 from dax.generate.steps import checkpoint_of, schedule
 
@@ -49,7 +49,7 @@ def compare(job: Job, log=lambda text: None, ready=lambda: None) -> tuple[Compar
     DaxError before anything is loaded for bad plans, prompts, sizes or models. A cell that is finished in the output
     folder is not run again, so a comparison that was cut off goes on where it stopped. Costs plans x prompts clips.
     """
-    checked = run.check_model(job.model)
+    checked = settle.check_model(job.model)
     name = job.model or "tiny"
     prompts = read_prompts(job.prompts or default_prompts(name))
     check_whole("attribute", job.attribute, 0, 10_000)

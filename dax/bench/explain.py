@@ -124,8 +124,7 @@ def expert_figures(facts: Facts, plan: Plan, steps: int, cached: dict | None) ->
 
     forwards   that each computes, both branches
     """
-    timesteps = [1000 * sigma for sigma in flow_sigmas(steps, facts.defaults.flow_shift)]
-    shares = facts.expert_steps(timesteps)
+    shares = facts.expert_steps(flow_sigmas(steps, facts.defaults.flow_shift), 1)
     masks = [cached[branch] for branch in cached["computed"]] if cached else FORWARDS_PER_STEP * ["1" * steps]
     parts = slice(0, shares[0]), slice(shares[0], steps)
     eight_bits, idle_on_host = plan.linear.scheme != "none", plan.offload == "experts"
@@ -201,7 +200,7 @@ def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool, ranks: Ranks
         return resolve(asked, facts, machine, strict, checkpoint=checkpoint, ranks=ranks)
     check_reuse(asked, facts)
     cache, calibration, notes, fallbacks = resolve_cache(
-        asked.cache, facts.name, checkpoint, kernels_of(asked), facts.num_experts
+        asked.cache, facts.name, checkpoint, kernels_of(asked), facts.plain
     )
     plan = asked.model_copy(update={"cache": cache})
     return Resolved(plan, tuple(notes), tuple(fallbacks), calibration=calibration)

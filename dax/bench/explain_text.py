@@ -13,6 +13,7 @@ def text(result: dict) -> str:
         f"memory of the transformer: weights {result['weights_gib']:.2f} GiB, activations about "
         f"{result['activations_gib']:.2f} GiB" + (f", of {result['memory_gib']:.0f}" if result["memory_gib"] else ""),
         *expert_lines(result),
+        *size_lines(result),
         "",
         "plan",
     ]
@@ -65,6 +66,14 @@ def expert_lines(result: dict) -> list[str]:
         f"memory with both: weights {experts['device_weights_gib']:.2f} GiB on the device, with activations and the "
         f"text's keys about {result['device_gib']:.2f} GiB" + (f"; {host:.2f} GiB of the host's" if host else ""),
     ]
+
+
+def size_lines(result: dict) -> list[str]:
+    """That one card is too small for the transformer alone, where it is."""
+    needs, has = result["device_gib"], result["memory_gib"]
+    if has is None or result["num_ranks"] > 1 or needs <= has:
+        return []
+    return [f"it does not fit: about {needs:.1f} GiB with the text's keys, of {has:.0f}"]
 
 
 def schedule_lines(result: dict) -> list[str]:

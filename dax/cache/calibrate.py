@@ -14,7 +14,7 @@ import torch
 
 from dax.cache import magcache, teacache
 from dax.cache.artifact import Artifact, Rung
-from dax.cache.optimal import PREDICTORS, Trajectory, best_masks, neighbours, row
+from dax.cache.optimal import PREDICTORS, Trajectory, best_masks, counts, neighbours, row
 from dax.cache.record import Clips, Recording, fidelity, gated, latent_psnr, record, run
 from dax.cache.step_plan import COMPUTE, REUSE, Setting, StepPlan
 from dax.errors import DaxError
@@ -40,6 +40,16 @@ class Effort:
     climb: int = 40
     batch: int = 1
     seed: int = 0
+
+    def computed(self, steps: int) -> list[int]:
+        """Computed steps of each budget, most first. DaxError("bad_request") for one that leaves nothing to choose."""
+        possible, found = counts(steps), []
+        for budget in sorted(self.budgets, reverse=True):
+            if not (0 < budget <= 1 and int(budget * steps + 1e-9) in possible):
+                least = f"{possible[0]} of {steps} steps are the least, budget {possible[0] / steps:.2g}"
+                raise DaxError("bad_request", f"budget {budget:g}: {least}; the most is 1")
+            found.append(int(budget * steps + 1e-9))
+        return found
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,7 @@ def calibrate(
     moved     relative change of the projected time embedding between steps, see teacache.changes
     DaxError("bad_request") for budgets that leave nothing to choose.
     """
+    budgets = effort.computed(clips.steps)
     log(f"recording {len(clips)} + {len(held_out)} exact runs of {clips.steps} steps")
     recording = record(pipe, clips, effort.batch)
     floor = noise_floor(pipe, clips, recording, effort.batch)
@@ -116,12 +127,7 @@ def calibrate(
     said = notes(trajectory)
     tried = {name: how for name, how in PREDICTORS.items() if not said or how.kind != "linear"}
     masks = {name: best_masks(trajectory.noisy(how.noise), how.kind) for name, how in tried.items()}
-    rungs = []
-    for budget in sorted(effort.budgets, reverse=True):
-        count = int(budget * clips.steps + 1e-9)
-        if any(count not in found for found in masks.values()):
-            raise DaxError("bad_request", f"budget {budget:g} of {clips.steps} steps: no plan computes {count} of them")
-        rungs.append(study.rung(count, {predictor: found[count] for predictor, found in masks.items()}, log))
+    rungs = [study.rung(n, {predictor: found[n] for predictor, found in masks.items()}, log) for n in budgets]
     ratios = {branch: tuple(found.tolist()) for branch, found in recording.ratios.items()}
     return Artifact(
         model=model,

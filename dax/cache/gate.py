@@ -36,8 +36,8 @@ class Gate:
     """The step cache of a loop, before its transformer or its experts. `last` is the Report of the last finished run of
     the loop, or None.
 
-    make_plan   (Setting, noise levels, timesteps) -> StepPlan, asked when a run begins; without a pipeline the last two
-                are None
+    make_plan   (Setting, noise levels, timesteps, the scheduler's training steps) -> StepPlan, asked when a run begins;
+                without a pipeline the last three are None
     checkpoint, kernels   of the transformer, see Setting
     """
 
@@ -115,7 +115,8 @@ class Gate:
             checkpoint=self.checkpoint,
             kernels=self.kernels,
         )
-        plan = self.make_plan(setting, None if sigmas is None else sigmas.tolist()[: setting.steps], timesteps)
+        levels = None if sigmas is None else sigmas.tolist()[: setting.steps]
+        plan = self.make_plan(setting, levels, timesteps, config.get("num_train_timesteps"))
         plan.check(setting)
         self.check_sigma(plan, 0, announced)
         self.run = Run(plan)

@@ -128,14 +128,22 @@ def row(trajectory: Trajectory, mask: str, predictor: Predictor) -> tuple[Action
     return tuple(found)
 
 
-def best_masks(trajectory: Trajectory, kind: str) -> dict[int, str]:
-    """{number of computed steps: the mask of least predicted error}, for every number that can be had.
+def counts(steps: int) -> range:
+    """How many steps a mask may compute: the first two always, then one in LONGEST at least.
 
-    The first two steps are always computed. Fitted weights are of two velocities here; a finished mask may use more.
+    DaxError("bad_request") where there is none to leave out.
+    """
+    if steps < 3:
+        raise DaxError("bad_request", f"{steps} steps: too few to leave one out, a plan needs at least 3")
+    return range(2 + (steps - 2) // LONGEST, steps + 1)
+
+
+def best_masks(trajectory: Trajectory, kind: str) -> dict[int, str]:
+    """{number of computed steps: the mask of least predicted error}, for every one of `counts`.
+
+    Fitted weights are of two velocities here; a finished mask may use more.
     """
     n = trajectory.steps
-    if n < 3:
-        raise DaxError("bad_request", f"{n} steps: too few to leave one out, a plan needs at least 3")
     cost = stretches(trajectory, kind)
     reached = {1: {(0, 1): (0.0, None)}}  # number computed before the last: {(one before, last): (error, from)}
     for count in range(2, n + 1):

@@ -20,12 +20,13 @@ CALIBRATE = "run `dax calibrate`"
 
 
 def resolve_cache(
-    cache: Cache, model: str, checkpoint: str | None, kernels: str, num_experts: int = 1
+    cache: Cache, model: str, checkpoint: str | None, kernels: str, plain: bool = True
 ) -> tuple[Cache, Artifact | None, list[str], list[str]]:
     """(the part with every `auto` decided, the calibration it goes by, notes, fallbacks) for a model and checkpoint.
 
     The part names a calibration by its digest, never by a path. DaxError("bad_request") if the policy has nothing to
     go by for this model.
+    plain   whether `dax calibrate` knows such a model, see Facts
     """
     notes, fallbacks = [], []
     if cache.policy in ("none", "mask"):
@@ -40,9 +41,8 @@ def resolve_cache(
             f"{str(found.setting.checkpoint)[:8]}, not {checkpoint[:8]}): {CALIBRATE} with this model",
         )
     if found is None and model not in magcache.PUBLISHED:
-        instead = "set cache.policy = mask with a cache.mask"  # dax calibrate knows one transformer only
-        if num_experts == 1:
-            instead = f"{CALIBRATE} and give its file as cache.file"
+        mask = "set cache.policy = mask with a cache.mask"
+        instead = f"{CALIBRATE} and give its file as cache.file" if plain else mask
         raise DaxError(
             "bad_request",
             f"cache.policy = {cache.policy}: nothing is published or calibrated for {model}: {instead}, or set "
@@ -55,7 +55,7 @@ def resolve_cache(
         update = {"policy": "magcache", **MAGCACHE_FAST}
         fallbacks.append(
             f"cache.policy = calibrated: no calibration of this checkpoint; the published mask of {model} instead "
-            f"(MagCache .24/6); {CALIBRATE} for a better one"
+            f"(MagCache .24/6)" + f"; {CALIBRATE} for a better one" * plain
         )
     elif cache.policy == "calibrated":
         rung = found.rung(cache.budget, cache.min_psnr)
@@ -75,22 +75,22 @@ def resolve_cache(
 
 
 def maker(cache: Cache, found: Artifact | None, facts: Facts, embeddings: Callable | None = None) -> Callable:
-    """make(setting, sigmas, timesteps) -> StepPlan for a resolved part and its calibration, see `gate.Gate`.
+    """make(setting, sigmas, timesteps, train_steps) -> StepPlan for a resolved part and its calibration, see `Gate`.
 
     With two experts nothing of the second is predicted from what the first said: it begins with a computed step.
     embeddings   (timesteps, projected) -> [steps, C] fp32 time embeddings of the model; without it a TeaCache plan is
                  known only if the calibration holds its numbers, else make returns None
     """
 
-    def make(setting: Setting, sigmas: Sequence[float] | None, timesteps=None) -> StepPlan | None:
+    def make(setting: Setting, sigmas: Sequence[float] | None, timesteps=None, train_steps=None) -> StepPlan | None:
         plan = table(setting, sigmas, timesteps)
         if plan is None or facts.num_experts == 1:
             return plan
         if timesteps is None:
-            timesteps = [1000 * sigma for sigma in sigmas or flow_sigmas(setting.steps, setting.flow_shift)]
+            shares = facts.expert_steps(sigmas or flow_sigmas(setting.steps, setting.flow_shift), 1)
         else:
-            timesteps = timesteps.tolist()
-        return plan.restarted(facts.expert_steps(timesteps)[0])
+            shares = facts.expert_steps(timesteps.tolist(), train_steps)
+        return plan.restarted(shares[0])
 
     def table(setting: Setting, sigmas: Sequence[float] | None, timesteps) -> StepPlan | None:
         steps = setting.steps

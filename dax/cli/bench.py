@@ -45,6 +45,11 @@ def command(
         print(json.dumps(entries) if as_json else report.table(entries, claims.COLUMNS))
         return
 
+    if subject in ("attention", "linear", "block", "forward", "video"):
+        from dax.hardware import machine
+
+        if machine(device).device == "cpu":
+            log("no GPU: a CPU is slow at real sizes; --height, --width, --num-frames and --layers make them smaller")
     size = height, width, num_frames
     if subject == "start":
         from dax.bench.start import COLUMNS, bench

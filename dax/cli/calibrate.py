@@ -14,7 +14,9 @@ def command(
     model: options.Model = None,
     plan: options.Plan = None,
     sets: options.Sets = None,
-    prompts: Annotated[str | None, typer.Option(help="file of prompts, one a line; half record, half judge")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="text file, one a line, # for a comment; half record, half judge")
+    ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="use the first so many")] = None,
     height: options.Height = None,
     width: options.Width = None,

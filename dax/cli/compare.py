@@ -14,7 +14,9 @@ from dax.errors import DaxError
 def command(
     plan: Annotated[list[str], typer.Option(help="preset or YAML file; repeat it for each plan")],
     output: Annotated[str, typer.Option("-o", "--output", help="folder of the report")] = "report",
-    prompts: Annotated[str | None, typer.Option(help="text file, one a line; default: eight for the model")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="text file, one a line, # for a comment; default: those that ship")
+    ] = None,
     model: options.Model = None,
     height: options.Height = None,
     width: options.Width = None,

@@ -43,7 +43,9 @@ def command(
     min_psnr: Annotated[
         float | None, typer.Option(help="dB: refuse unless the plan is exact or was measured to hold this")
     ] = None,
-    allow_empty_prompt: Annotated[bool, typer.Option("--allow-empty-prompt")] = False,
+    allow_empty_prompt: Annotated[
+        bool, typer.Option("--allow-empty-prompt", help="without a word, on purpose")
+    ] = False,
     keep_frames_on_error: Annotated[
         str | None, typer.Option(help="where to save the frames (.npz) if the output cannot be written")
     ] = None,

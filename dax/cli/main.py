@@ -6,6 +6,8 @@ Nothing heavy is imported here: `dax --help` must answer before torch could be l
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 
 import typer
@@ -13,9 +15,13 @@ import typer
 from dax.cli import bench, calibrate, compare, doctor, explain, generate, inspect, tune
 from dax.errors import EXIT_CODES, DaxError
 
+SIGNALS = signal.SIGINT, signal.SIGTERM
+TOGETHER_S = 0.3  # two within that are one: `timeout` sends the process its signal, and then the whole group
+
 app = typer.Typer(
     name="dax",
     help="Diffusion Accelerated eXecution: run diffusion transformers faster, and know what it cost.",
+    epilog="With any command: -v, --verbose shows where an error comes from.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -96,12 +102,29 @@ def one_line(text: str) -> str:
 
 
 def listen() -> None:
-    """SIGINT and SIGTERM unwind the program once; a second one ends it at once."""
+    """SIGINT and SIGTERM unwind the program once; a second one ends it at once, inside a long operation too."""
 
     def on_signal(number, frame):
-        for caught in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(caught, lambda number, frame: os._exit(128 + number))
+        for caught in SIGNALS:
+            signal.signal(caught, lambda number, frame: None)  # the thread hears the second one
         raise Stopped(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, on_signal)
+    heard, said = os.pipe()
+    os.set_blocking(said, False)
+    signal.set_wakeup_fd(said, warn_on_full_buffer=False)
+    threading.Thread(target=end_at_the_second, args=(heard,), daemon=True).start()
+
+
+def end_at_the_second(heard: int) -> None:
+    """Hears of signals as they arrive, whatever the main thread is in, and exits at the second of SIGNALS."""
+    first = None
+    while True:
+        for number in os.read(heard, 64):
+            if number not in SIGNALS:
+                continue
+            if first is None:
+                first = time.monotonic()
+            elif time.monotonic() - first > TOGETHER_S:
+                os._exit(128 + number)

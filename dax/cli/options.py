@@ -30,4 +30,4 @@ def log(text: str) -> None:
 def say_if_tiny(model: str | None) -> None:
     """Nobody shall take the embedded model for theirs."""
     if model is None:
-        log("no --model: the embedded tiny Wan")
+        log("no --model: the embedded tiny Wan, which knows coloured shapes that move")

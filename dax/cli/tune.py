@@ -22,7 +22,7 @@ def command(
     ] = None,
     output: Annotated[str, typer.Option("-o", "--output", help=".yaml")] = "plan.yaml",
     model: options.Model = None,
-    prompts: Annotated[str | None, typer.Option(help="text file, one a line, to tune on")] = None,
+    prompts: Annotated[str | None, typer.Option(help="text file, one a line, # for a comment, to tune on")] = None,
     held_out: Annotated[str | None, typer.Option(help="text file of other prompts, to verify on")] = None,
     calibration: Annotated[str, typer.Option(help="file of dax calibrate; auto: the one that ships")] = "auto",
     height: options.Height = None,

@@ -7,19 +7,21 @@ is recorded and searched on, the second half judges and chooses.
 from dataclasses import dataclass
 from pathlib import Path
 
-from dax.bench.prompts import HERE, default_prompts, read_prompts
+from dax.bench.prompts import HERE, MAX_PROMPTS, default_prompts, read_prompts
 from dax.cache.artifact import Artifact
-from dax.cache.calibrate import Effort, calibrate
+from dax.cache.calibrate import PROBES, Effort, calibrate
 from dax.cache.record import make_clips
 from dax.cache.step_plan import Setting
 from dax.cache.teacache import changes
 from dax.errors import DaxError
-from dax.generate.request import make_request
-from dax.generate.run import check_model
+from dax.generate.request import check_whole, make_request
+from dax.generate.settle import check_model
 from dax.generate.stages import load, set_flow_shift
 from dax.generate.steps import checkpoint_of
 from dax.generate.video import check_target
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
+
+MOST = 10_000  # tries, or clips at a time
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,16 @@ class Job:
 def run(job: Job, log=lambda text: None) -> Artifact:
     """Calibrate and write the artifact. Every bad argument is refused before weights load."""
     checked = check_model(job.model)
+    if job.num_prompts is not None:
+        check_whole("num_prompts", job.num_prompts, 2, MAX_PROMPTS)
     prompts = prompts_of(job)
     request, _ = make_request(checked.facts, {**job.given, "prompt": prompts[0]})
     if request.guidance_scale <= 1:
         raise DaxError("bad_request", f"guidance_scale {request.guidance_scale:g}: calibrate with guidance, above 1")
+    check_whole("probes", job.effort.probes, 0, len(PROBES))
+    check_whole("climb", job.effort.climb, 0, MOST)
+    check_whole("batch", job.effort.batch, 1, MOST)
+    job.effort.computed(request.steps)
     check_target(Path(job.output), job.overwrite, (".json",))
     sets = [(f"--set {text}", parse_set(text)) for text in job.sets]
     asked, _ = Plan.from_layers([plan_layer(job.plan or DEFAULT_PRESET), *sets])

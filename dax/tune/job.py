@@ -5,9 +5,11 @@ from pathlib import Path
 
 from dax.bench import quality
 from dax.errors import DaxError
-from dax.generate.request import check_real
+from dax.generate.request import check_real, check_whole
+from dax.generate.video import check_target
 
 MOST_SECONDS = 1e7
+MOST_RUNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,6 @@ def check(job: Job) -> None:
         check_real("min_psnr", job.min_psnr, 0, quality.CAP_DB)
     if job.max_seconds is not None:
         check_real("max_seconds", job.max_seconds, 0, MOST_SECONDS)
-    path = job.output
-    if path.suffix not in (".yaml", ".yml"):
-        raise DaxError("cannot_write", f"{path}: a plan's file ends in .yaml")
-    if not path.parent.is_dir():
-        raise DaxError("cannot_write", f"{path}: there is no folder {path.parent}")
-    if path.exists() and not job.overwrite:
-        raise DaxError("cannot_write", f"{path}: exists; pass --overwrite or another name")
+    check_whole("few", job.few, 1, MOST_RUNS)
+    check_whole("max_runs", job.max_runs, 1, MOST_RUNS)
+    check_target(job.output, job.overwrite, (".yaml", ".yml"))

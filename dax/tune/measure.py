@@ -9,7 +9,7 @@ from dax.bench.compare_variants import Arrangement, floor
 from dax.bench.prompts import default_prompts, read_prompts
 from dax.cache.step_plan import BRANCHES
 from dax.errors import DaxError
-from dax.generate import run
+from dax.generate import settle
 from dax.generate.request import check_memory, make_request
 from dax.generate.steps import checkpoint_of, schedule
 from dax.plan import Plan
@@ -22,7 +22,7 @@ class Bench:
     """Measures plans against exact, on the prompts of a job, through the cells beside its output."""
 
     def __init__(self, job, log):
-        self.checked = run.check_model(job.model)
+        self.checked = settle.check_model(job.model)
         self.facts, self.log = self.checked.facts, log
         import torch
 

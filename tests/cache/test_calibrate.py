@@ -277,22 +277,29 @@ def test_noise_above_the_change_is_said():
     ("says", "change"),
     [
         ("guidance_scale 1: calibrate with guidance", {"given": {**SMALL, "guidance_scale": 1.0}}),
-        ("at least 2", {"num_prompts": 1}),
+        ("one.txt: 1 to use; at least 2", {"prompts": "one.txt"}),
+        ("num_prompts 1 must lie from 2", {"num_prompts": 1}),
+        ("num_prompts -1 must lie from 2", {"num_prompts": -1}),
+        ("budget 2: 2 of 8 steps are the least, budget 0.25; the most is 1", {"effort": Effort((0.5, 2.0))}),
+        ("budget nan: 2 of 8 steps", {"effort": Effort((float("nan"),))}),
+        (
+            "budget 0.1: 3 of 20 steps are the least, budget 0.15",
+            {"effort": Effort((0.1,)), "given": {**SMALL, "steps": 20}},
+        ),
+        ("2 steps: too few to leave one out", {"given": {**SMALL, "steps": 2}}),
+        ("probes 7 must lie from 0 to 6", {"effort": Effort(probes=7)}),
+        ("climb -1 must lie from 0", {"effort": Effort(climb=-1)}),
+        ("batch 0 must lie from 1", {"effort": Effort(batch=0)}),
         ("No such file", {"prompts": "/no/such/file"}),
         ("unknown suffix", {"output": "a.txt"}),
     ],
 )
 def test_calibrating_refuses_before_weights_load(tmp_path, monkeypatch, says, change):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.txt").write_text(PROMPTS[0])
     monkeypatch.setattr("dax.generate.calibrate.load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(DaxError, match=says):
         run(replace(Job(SMALL, "a.json", device="cpu"), **change))
-
-
-def test_a_budget_that_leaves_nothing(tmp_path):
-    job = Job({**SMALL, "steps": 6}, str(tmp_path / "a.json"), num_prompts=2, effort=Effort((0.1,), probes=0))
-    with pytest.raises(DaxError, match="budget 0.1 of 6 steps: no plan computes 0 of them"):
-        run(job)
 
 
 def test_artifacts_are_found_by_digest_and_kernels(calibrated, tmp_path, monkeypatch):

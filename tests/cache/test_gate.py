@@ -159,7 +159,7 @@ def test_guidance_in_one_batch_takes_a_joint_table_only(random_pipe):
 @pytest.mark.fault(58)
 def test_row_58_a_second_video_and_other_steps_see_nothing_of_the_first(random_pipe):
     fresh = copy.deepcopy(random_pipe)
-    make = lambda setting, sigmas, timesteps: JOINT if setting.steps == STEPS else StepPlan(LINE[:4], LINE[:4], "short")
+    make = lambda setting, *_: JOINT if setting.steps == STEPS else StepPlan(LINE[:4], LINE[:4], "short")
     for pipe in (random_pipe, fresh):
         apply_cache([pipe.transformer], pipe, make, Edits(), residual=False, checkpoint=None, kernels="exact")
     call(random_pipe, seed=1)

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from dax.cache.optimal import PREDICTORS, Predictor, Trajectory, best_masks, neighbours, row, stretches, weights
+from dax.cache.optimal import PREDICTORS, Predictor, Trajectory, best_masks, counts, neighbours, row, stretches, weights
 from dax.cache.step_plan import COMPUTE, REUSE, flow_sigmas
 from dax.errors import DaxError
 
@@ -53,6 +53,9 @@ def test_every_count_can_be_had_and_more_is_never_worse():
     for kind in ("reuse", "linear", "fitted"):
         masks = best_masks(trajectory, kind)
         assert set(masks) == set(range(2, 13)) and masks[12] == "1" * 12
+    for steps, least in ((12, 2), (13, 2), (14, 3), (26, 4)):
+        possible = counts(steps)
+        assert set(best_masks(recorded(steps)[0], "reuse")) == set(possible) and possible[0] == least
     reuse = best_masks(trajectory, "reuse")
     errors = [predicted_error(trajectory, velocities, reuse[count], "reuse") for count in range(2, 13)]
     assert errors == sorted(errors, reverse=True) and errors[-1] == 0.0
@@ -110,4 +113,4 @@ def test_neighbours_keep_the_count_and_the_first_step():
 
 def test_too_few_steps_to_leave_one_out():
     with pytest.raises(DaxError, match="2 steps: too few"):
-        best_masks(recorded(2)[0], "reuse")
+        counts(2)

@@ -28,8 +28,11 @@ def to_uint8(frames) -> "np.ndarray":  # noqa: F821
     return (torch.as_tensor(frames).clamp(0, 1) * 255).round().byte().numpy()
 
 
-def generate(pipe, prompts, steps, guidance, seed, batch):
-    """Clips of the prompts, [N, 17, 128, 128, 3] uint8; clip i starts from the noise of CPU seed `seed + i`."""
+def generate(pipe, prompts, steps, guidance, seed, batch, on_step=None):
+    """Clips of the prompts, [N, 17, 128, 128, 3] uint8; clip i starts from the noise of CPU seed `seed + i`.
+
+    on_step   the pipeline's callback after every step, or None
+    """
     clips = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
@@ -43,6 +46,7 @@ def generate(pipe, prompts, steps, guidance, seed, batch):
             guidance_scale=guidance,
             generator=generators,
             output_type="np",
+            callback_on_step_end=on_step,
         ).frames
         clips.extend(to_uint8(frames))
     return clips

@@ -26,7 +26,7 @@ import dax
 from dax.bench import quality, report
 
 from . import scenes
-from .evaluate import to_uint8
+from .evaluate import generate
 
 BLOCKS_ONLY = {"*": "int8", "condition_embedder": "none", "proj_out": "none"}
 
@@ -58,21 +58,9 @@ def render(pipe, prompts: list[str], steps: int, seed: int, batch: int = 32) -> 
         return {}
 
     for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        frames = pipe(
-            part,
-            height=scenes.HEIGHT,
-            width=scenes.WIDTH,
-            num_frames=scenes.NUM_FRAMES,
-            num_inference_steps=steps,
-            guidance_scale=4.0,
-            generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
-            output_type="np",
-            callback_on_step_end=keep,
-        ).frames
+        clips += generate(pipe, prompts[start : start + batch], steps, 4.0, seed + start, batch, keep)
         latents.append(last["latents"].float().cpu().numpy())
-        clips.append(to_uint8(frames))
-    return np.concatenate(latents), np.concatenate(clips)
+    return np.concatenate(latents), np.stack(clips)
 
 
 def judged(clip, scene) -> bool:
