@@ -5,6 +5,8 @@ makes the table once the loop's steps and noise levels are known. Neither import
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from dax.cache import magcache, teacache
 from dax.cache.artifact import Artifact, find
@@ -13,9 +15,10 @@ from dax.errors import DaxError
 from dax.facts import Facts
 from dax.plan import Cache
 
-MAGCACHE_FAST = {"threshold": 0.24, "max_skips": 6, "retention": 0.2}
-TEACACHE = {"threshold": 0.1}
-ANY = Setting()
+AUTO = {  # policy: what `auto` is for its keys
+    "magcache": {"threshold": 0.24, "max_skips": 6, "retention": 0.2},
+    "teacache": {"threshold": 0.1},
+}
 CALIBRATE = "run `dax calibrate`"
 
 
@@ -28,11 +31,38 @@ def resolve_cache(
     go by for this model.
     plain   whether `dax calibrate` knows such a model, see Facts
     """
-    notes, fallbacks = [], []
+    if cache.policy == "mask":
+        check_mask(cache.mask, "cache.mask")
     if cache.policy in ("none", "mask"):
-        if cache.policy == "mask":
-            check_mask(cache.mask, "cache.mask")
-        return cache, None, notes, fallbacks
+        return cache, None, [], []
+    found = calibration_of(cache, model, checkpoint, kernels, plain)
+    update = {} if found is None else {"file": f"sha256:{found.digest()}"}
+    notes, fallbacks = [], []
+    if cache.policy != "calibrated":
+        update |= {key: value for key, value in AUTO[cache.policy].items() if getattr(cache, key) == "auto"}
+    elif found is None:
+        update = {"policy": "magcache", **AUTO["magcache"]}
+        fallbacks.append(
+            f"cache.policy = calibrated: no calibration of this checkpoint; the published mask of {model} instead "
+            f"(MagCache .24/6)" + f"; {CALIBRATE} for a better one" * plain
+        )
+    else:
+        rung = found.rung(cache.budget, cache.min_psnr)
+        notes.append(f"cache: {rung.plan.made_by}, {rung.psnr_db:.1f} dB on held-out prompts")
+        notes += [f"cache: {text}" for text in found.notes]
+        if found.setting.kernels != kernels:
+            fallbacks.append(
+                f"cache.policy = calibrated: the plan was calibrated on other kernels ({found.setting.kernels}) than "
+                f"these ({kernels}); {CALIBRATE} with this plan"
+            )
+    return cache.model_copy(update=update), found, notes, fallbacks
+
+
+def calibration_of(cache: Cache, model: str, checkpoint: str | None, kernels: str, plain: bool) -> Artifact | None:
+    """The calibration of a checkpoint, None where what is published for the model has to do.
+
+    DaxError("bad_request") for one of another checkpoint, or where there is neither.
+    """
     found = find(cache.file, checkpoint, kernels)
     if found is not None and checkpoint is not None and found.setting.checkpoint != checkpoint:
         raise DaxError(
@@ -48,103 +78,115 @@ def resolve_cache(
             f"cache.policy = {cache.policy}: nothing is published or calibrated for {model}: {instead}, or set "
             "cache.policy = none",
         )
-    update = {}
-    if found is not None:
-        update["file"] = f"sha256:{found.digest()}"
-    if cache.policy == "calibrated" and found is None:
-        update = {"policy": "magcache", **MAGCACHE_FAST}
-        fallbacks.append(
-            f"cache.policy = calibrated: no calibration of this checkpoint; the published mask of {model} instead "
-            f"(MagCache .24/6)" + f"; {CALIBRATE} for a better one" * plain
-        )
-    elif cache.policy == "calibrated":
-        rung = found.rung(cache.budget, cache.min_psnr)
-        notes.append(f"cache: {rung.plan.made_by}, {rung.psnr_db:.1f} dB on held-out prompts")
-        notes += [f"cache: {text}" for text in found.notes]
-        if found.setting.kernels != kernels:
-            fallbacks.append(
-                f"cache.policy = calibrated: the plan was calibrated on other kernels ({found.setting.kernels}) than "
-                f"these ({kernels}); {CALIBRATE} with this plan"
-            )
-    elif cache.policy == "magcache":
-        for key, value in MAGCACHE_FAST.items():
-            update |= {key: value} if getattr(cache, key) == "auto" else {}
-    elif cache.threshold == "auto":
-        update |= TEACACHE
-    return cache.model_copy(update=update), found, notes, fallbacks
+    return found
 
 
 def maker(cache: Cache, found: Artifact | None, facts: Facts, embeddings: Callable | None = None) -> Callable:
     """make(setting, sigmas, timesteps, train_steps) -> StepPlan for a resolved part and its calibration, see `Gate`.
 
-    With two experts nothing of the second is predicted from what the first said: it begins with a computed step.
     embeddings   (timesteps, projected) -> [steps, C] fp32 time embeddings of the model; without it a TeaCache plan is
                  known only if the calibration holds its numbers, else make returns None
     """
+    return partial(make, cache, found, facts, embeddings)
 
-    def make(setting: Setting, sigmas: Sequence[float] | None, timesteps=None, train_steps=None) -> StepPlan | None:
-        plan = table(setting, sigmas, timesteps)
-        if plan is None or facts.num_experts == 1:
-            return plan
-        if timesteps is None:
-            shares = facts.expert_steps(sigmas or flow_sigmas(setting.steps, setting.flow_shift), 1)
-        else:
-            shares = facts.expert_steps(timesteps.tolist(), train_steps)
-        return plan.restarted(shares[0])
 
-    def table(setting: Setting, sigmas: Sequence[float] | None, timesteps) -> StepPlan | None:
-        steps = setting.steps
-        if steps is None:
-            raise DaxError("bad_request", "step cache: the number of steps is unknown: optimize the pipeline")
-        if cache.policy == "calibrated":
-            plan = found.rung(cache.budget, cache.min_psnr).plan
-            plan.check(setting)
-            return guided(plan.cond, plan.made_by, plan.setting, plan.sigmas)
-        if cache.policy == "mask":
-            mask = check_mask(cache.mask, "cache.mask")
-            if len(mask) != steps:
-                raise DaxError("bad_request", f"cache.mask has {len(mask)} letters, the run has {steps} steps")
-            return guided(actions_of(mask), "mask")
-        sigmas = sigmas if sigmas is not None else flow_sigmas(steps, setting.flow_shift)
-        if cache.policy == "magcache":
-            return magcache_plan(sigmas)
-        return teacache_plan(setting, timesteps)
+def make(
+    cache: Cache,
+    found: Artifact | None,
+    facts: Facts,
+    embeddings,
+    setting: Setting,
+    sigmas,
+    timesteps=None,
+    train_steps=None,
+) -> StepPlan | None:
+    """The table of one run, see `maker`: the policy's steps, then guidance, then where a second expert begins.
 
-    def guided(row, made_by: str, made_for: Setting = ANY, sigmas=None) -> StepPlan:
-        every, last = cache.uncond_every, cache.drop_uncond
-        if every > 1:
-            made_by += f", uncond at every {every}th computed step"
-        if last:
-            made_by += f", no guidance in the last {last} steps"
-        return StepPlan(row, guidance_rows(row, every, last), made_by, made_for, cache.reuse, sigmas)
+    sigmas, timesteps   of each step: floats, and a tensor that ends at `train_steps`; None: as schedulers set them
+    DaxError("bad_request") for a run that the policy, or what it goes by, is not for.
+    """
+    if setting.steps is None:
+        raise unknown("number of steps is")
+    if sigmas is None and setting.flow_shift is not None:
+        sigmas = flow_sigmas(setting.steps, setting.flow_shift)
+    if cache.policy == "calibrated":
+        plan = found.rung(cache.budget, cache.min_psnr).plan
+        plan.check(setting)
+    elif cache.policy == "mask":
+        plan = mask_plan(cache, setting)
+    elif cache.policy == "magcache":
+        plan = magcache_plan(cache, found, facts.name, sigmas)
+    else:
+        plan = teacache_plan(cache, found, facts.name, setting, timesteps, embeddings)
+    if plan is None:
+        return None
+    plan = guided(plan, cache)
+    if facts.num_experts == 1:
+        return plan
+    shares = facts.expert_steps(sigmas, 1) if timesteps is None else facts.expert_steps(timesteps.tolist(), train_steps)
+    return plan.restarted(shares[0])  # nothing of the second is predicted from the first
 
-    def magcache_plan(sigmas) -> StepPlan:
-        ratios = found.magcache if found else magcache.PUBLISHED[facts.name]
-        own = found.sigmas if found else flow_sigmas(len(ratios.cond), ratios.flow_shift)
-        here = ratios.at(sigmas, own)
-        mask = magcache.magcache_mask(here.cond, cache.threshold, cache.max_skips, cache.retention)
-        made_by = f"MagCache {cache.threshold:g}/{cache.max_skips}, {'calibrated' if found else 'published'}"
-        if here is not ratios:
-            made_by += f", interpolated from {len(own)} steps at shift {ratios.flow_shift:g}"
-        return guided(actions_of(mask), made_by)
 
-    def teacache_plan(setting: Setting, timesteps) -> StepPlan | None:
-        polynomial = found.teacache if found else teacache.PUBLISHED[facts.name][cache.ret_steps]
-        if wrong := polynomial.setting.differences(setting, but=("kernels", "scheduler", "guidance_scale")):
-            raise DaxError(
-                "bad_request",
-                f"cache.policy = teacache: its polynomial was fitted where {', '.join(wrong)}; change the request, "
-                f"{CALIBRATE}, or take another policy",
-            )
-        first, last = teacache.RETAINED[cache.ret_steps]
-        if found:
-            moved = found.moved
-        elif embeddings is None:
-            return None
-        else:
-            moved = teacache.changes(embeddings(timesteps, polynomial.projected))
-        mask = teacache.teacache_mask(moved, polynomial, cache.threshold, first, last)
-        made_by = f"TeaCache {cache.threshold:g}, {'calibrated' if found else 'published'}"
-        return guided(actions_of(mask), made_by)
+def unknown(what: str) -> DaxError:
+    """For a transformer that runs without its pipeline, whose scheduler would tell."""
+    return DaxError("bad_request", f"step cache: the {what} unknown: optimize the pipeline")
 
-    return make
+
+def guided(plan: StepPlan, cache: Cache) -> StepPlan:
+    """The cond row of a plan with the guidance and the reuse that the part asks for."""
+    made_by = plan.made_by
+    if cache.uncond_every > 1:
+        made_by += f", uncond at every {cache.uncond_every}th computed step"
+    if cache.drop_uncond:
+        made_by += f", no guidance in the last {cache.drop_uncond} steps"
+    uncond = guidance_rows(plan.cond, cache.uncond_every, cache.drop_uncond)
+    return replace(plan, uncond=uncond, made_by=made_by, reuse=cache.reuse)
+
+
+def masked(mask: str, made_by: str) -> StepPlan:
+    """Both branches by one mask."""
+    row = actions_of(mask)
+    return StepPlan(row, row, made_by)
+
+
+def mask_plan(cache: Cache, setting: Setting) -> StepPlan:
+    mask = check_mask(cache.mask, "cache.mask")
+    if len(mask) != setting.steps:
+        raise DaxError("bad_request", f"cache.mask has {len(mask)} letters, the run has {setting.steps} steps")
+    return masked(mask, "mask")
+
+
+def magcache_plan(cache: Cache, found: Artifact | None, model: str, sigmas: Sequence[float] | None) -> StepPlan:
+    """By the calibrated or published ratios, moved to the noise levels of the run."""
+    if sigmas is None:
+        raise unknown("noise levels are")
+    ratios = found.magcache if found else magcache.PUBLISHED[model]
+    own = found.sigmas if found else flow_sigmas(len(ratios.cond), ratios.flow_shift)
+    here = ratios.at(sigmas, own)
+    made_by = f"MagCache {cache.threshold:g}/{cache.max_skips}, {'calibrated' if found else 'published'}"
+    if here is not ratios:
+        made_by += f", interpolated from {len(own)} steps at shift {ratios.flow_shift:g}"
+    return masked(magcache.magcache_mask(here.cond, cache.threshold, cache.max_skips, cache.retention), made_by)
+
+
+def teacache_plan(
+    cache: Cache, found: Artifact | None, model: str, setting: Setting, timesteps, embeddings: Callable | None
+) -> StepPlan | None:
+    """By the calibrated or published polynomial, where it was fitted; None if it takes embeddings that are not here."""
+    polynomial = found.teacache if found else teacache.PUBLISHED[model][cache.ret_steps]
+    if wrong := polynomial.setting.differences(setting, but=("kernels", "scheduler", "guidance_scale")):
+        raise DaxError(
+            "bad_request",
+            f"cache.policy = teacache: its polynomial was fitted where {', '.join(wrong)}; change the request, "
+            f"{CALIBRATE}, or take another policy",
+        )
+    if found:
+        moved = found.moved
+    elif embeddings is None:
+        return None
+    elif timesteps is None:
+        raise unknown("timesteps are")
+    else:
+        moved = teacache.changes(embeddings(timesteps, polynomial.projected))
+    mask = teacache.teacache_mask(moved, polynomial, cache.threshold, *teacache.RETAINED[cache.ret_steps])
+    return masked(mask, f"TeaCache {cache.threshold:g}, {'calibrated' if found else 'published'}")

@@ -196,6 +196,21 @@ def test_teacache_asks_the_model_for_its_embeddings():
 
 
 @pytest.mark.parametrize(
+    ("policy", "says", "setting"),
+    [
+        ("mask", "number of steps is", Setting()),
+        ("magcache", "noise levels are", Setting(50)),
+        ("teacache", "timesteps are", Setting(50)),
+    ],
+)
+def test_a_transformer_without_its_pipeline_is_refused_what_only_the_scheduler_knows(policy, says, setting):
+    cache = Cache(policy=policy, mask="1" * 50 * (policy == "mask"))
+    make = maker(cache, None, FACTS["wan2.1-t2v-14b"], embeddings=lambda *_: pytest.fail("asked"))
+    with pytest.raises(DaxError, match=f"the {says} unknown: optimize the pipeline"):
+        make(setting, None)
+
+
+@pytest.mark.parametrize(
     ("says", "change"),
     [
         ("format is 'x'", {"format": "x"}),
