@@ -158,8 +158,8 @@ def test_a_plan_that_loses_a_held_out_prompt_gives_way_to_the_next_not_to_a_far_
         mean, p10 = world.measure(options)
         return (mean, p10 - 20) if requests == "held-out" and options == first.options else (mean, p10)
 
-    bench = SimpleNamespace(psnr=psnr, requests="calibration", held_out="held-out")
-    found, _, psnr_db, _ = settle(bench, search, lambda each: each, Job(28.0, Path("a.yaml"), {}), 1.0, print)
+    bench = SimpleNamespace(psnr=psnr, combined=lambda each: each, requests="calibration", held_out="held-out")
+    found, psnr_db, _ = settle(bench, search, Job(28.0, Path("a.yaml"), {}), 1.0, print)
     truth = sorted(world.cost(each) for each in search.points if world.psnr(each) > first.psnr_db)
     assert psnr_db >= 28 and found.options != first.options and found.cost == pytest.approx(truth[0], rel=0.5)
 

@@ -14,6 +14,8 @@ from dax.generate.request import check_memory, make_request
 from dax.generate.steps import checkpoint_of, schedule
 from dax.plan import Plan
 from dax.tune import sensitivity
+from dax.tune.knobs import plan_of
+from dax.tune.search import Option, Point
 
 STATES = (0.1, 0.5, 0.9)  # where along a run sensitivity is measured
 
@@ -50,12 +52,20 @@ class Bench:
         self.common = {"model": self.checked.digest, "device": self.here.name, "dtype": self.dtype}
         self.common["versions"] = versions(self.here)
         self.runner = Runner(self.checked, self.here.device, dtype, log=log)
+        self.arranged: dict[tuple[Option, ...], Arrangement] = {}
 
     def arrange(self, name: str, asked: Plan, rounded: bool = False) -> Arrangement:
         from dax.resolve import resolve
 
         resolved = resolve(asked, self.facts, self.here, dtype=self.dtype, checkpoint=self.checkpoint)
         return Arrangement(name, "plan", name, asked, resolved, rounded)
+
+    def combined(self, options: tuple[Option, ...]) -> Arrangement:
+        """The plan of a combination, on top of exact; DaxError if it cannot be had."""
+        if options not in self.arranged:
+            asked = plan_of(options, self.exact.asked, self.request.steps)
+            self.arranged[options] = self.arrange(Point(options, 0).name, asked)
+        return self.arranged[options]
 
     def forwards(self, each: Arrangement) -> int:
         """Forwards of one clip, from the step plan alone."""

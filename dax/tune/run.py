@@ -5,20 +5,19 @@ prompts that no decision has seen, and only then write. Finished clips are kept 
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from dax.bench import costs, quality
 from dax.bench.compare_cells import write_atomically
 from dax.bench.compare_run import versions
-from dax.bench.compare_variants import Arrangement
 from dax.bench.plots import scatter
 from dax.errors import DaxError
 from dax.plan import Plan
 from dax.provenance import Measured, computes, save
 from dax.tune import sensitivity
 from dax.tune.job import Job, check
-from dax.tune.knobs import PRESETS, knobs, plan_of, presets_among
+from dax.tune.knobs import PRESETS, knobs, presets_among
 from dax.tune.measure import Bench
 from dax.tune.search import Option, Point, Search, begin, climb, held, refine
 
@@ -56,74 +55,56 @@ def tune(job: Job, log=lambda text: None) -> Tuned:
     """
     check(job)
     bench = Bench(job, log)
-    request, exact, few = bench.request, bench.exact.asked, bench.requests[: job.few]
-    budgets = bench.budgets(job.calibration)
+    few = bench.requests[: job.few]
     exact_s, floor_db = bench.exact_seconds(), bench.floor(few)
     log(f"exact denoises in {exact_s:.1f} s; noise floor: {floor_db:.1f} dB")
     errors = bench.sensitivity("int8")
-    rule_lists = {"int8": sensitivity.rules(errors, bench.facts.num_layers)}
-    every, left_out = knobs(
-        bench.here, bench.dtype, bench.facts.head_dim, request.steps, budgets, job.calibration, rule_lists
-    )
-    arranged: dict[tuple, Arrangement] = {}
-    refused: dict[tuple, str] = {}
+    search, left_out = explore(bench, job, few, errors, log)
+    point, psnr_db, p10_db = settle(bench, search, job, exact_s, log)
+    found = bench.combined(point.options)
+    figures = {"psnr_db": psnr_db, "psnr_p10_db": p10_db, "floor_db": floor_db, "seconds": point.cost * exact_s}
+    measured = proof(bench, job, found.plan, point.cost, **figures)
+    target = held(psnr_db, p10_db) if job.min_psnr is None else job.min_psnr
+    presets = measure_presets(bench, target, log) if job.presets else {}
+    save(job.output, found.asked, measured)
+    write_atomically(job.output.with_suffix(".svg"), drawn(search, point, target).encode())
+    return Tuned(found.asked, point, measured, search.front(), search, errors, left_out, presets)
 
-    def arrangement(options: tuple[Option, ...]) -> Arrangement:
-        if options not in arranged:
-            name = Point(options, 0).name
-            arranged[options] = bench.arrange(name, plan_of(options, exact, request.steps))
-        return arranged[options]
+
+def explore(bench: Bench, job: Job, few: list, errors: dict, log) -> tuple[Search, list[str]]:
+    """(all combinations with their costs, their settings measured alone, presets run whole; what is left out and why).
+
+    few      requests on which a setting is measured alone
+    errors   of groups of linears, see sensitivity.measure
+    """
+    facts, refused = bench.facts, {}
+    rule_lists = {"int8": sensitivity.rules(errors, facts.num_layers)}
+    budgets = bench.budgets(job.calibration)
+    every, left_out = knobs(
+        bench.here, bench.dtype, facts.head_dim, bench.request.steps, budgets, job.calibration, rule_lists
+    )
 
     def cost(options: tuple[Option, ...]) -> float | None:
         try:
-            return bench.cost(arrangement(options))
+            return bench.cost(bench.combined(options))
         except DaxError as error:
-            refused[options] = str(error)
+            refused[Point(options, 0).name] = error
             return None
 
-    search = begin(every, lambda option: bench.psnr(arrangement((option,)), few), cost)
+    search = begin(every, lambda option: bench.psnr(bench.combined((option,)), few), cost)
     if refused:
-        first = Point(next(iter(refused)), 0).name
-        left_out.append(f"{len(refused)} combinations such as {first}: {next(iter(refused.values()))}")
+        name, error = next(iter(refused.items()))
+        left_out.append(f"{len(refused)} combinations such as {name}: {error}")
     for text in left_out:
         log(f"left out: {text}")
     log(f"{len(search.points)} combinations of {len(search.alone)} settings")
-    for options in presets_among(search.points, exact):
-        search.run(search.points[options], lambda each: bench.psnr(arrangement(each), bench.requests))
-    point, each, psnr_db, p10_db = settle(bench, search, arrangement, job, exact_s, log)
-    measured = Measured(
-        psnr_db=round(psnr_db, 3),
-        psnr_p10_db=round(p10_db, 3),
-        floor_db=round(floor_db, 3),
-        prompts=len(bench.held_out),
-        cost=round(point.cost, 4),
-        cost_of=costs.COST_OF,
-        seconds=round(point.cost * exact_s, 3),
-        model=job.model or "tiny",
-        model_digest=bench.checked.digest,
-        device=bench.here.name,
-        dtype=bench.dtype,
-        request={key: asdict(request)[key] for key in CHECKED},
-        computes=computes(each.plan),
-        versions=versions(bench.here),
-        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        command=job.command,
-    )
-    target = held(psnr_db, p10_db) if job.min_psnr is None else job.min_psnr
-    presets = measure_presets(bench, target, log) if job.presets else {}
-    tuned = Tuned(each.asked, point, measured, search.front(), search, errors, left_out, presets)
-    save(job.output, tuned.plan, measured)
-    plot = scatter(
-        [(p.cost, p.psnr_db) for p in search.points.values() if p.psnr_db is not None],
-        [(p.cost, p.psnr_db) for p in tuned.front], (point.cost, point.psnr_db), target,
-        "share of exact's work", "PSNR in dB",
-    )  # fmt: skip
-    write_atomically(job.output.with_suffix(".svg"), plot.encode())
-    return tuned
+    for options in presets_among(search.points, bench.exact.asked):
+        search.run(search.points[options], lambda each: bench.psnr(bench.combined(each), bench.requests))
+    return search, left_out
 
 
-def settle(bench: Bench, search: Search, arrangement, job: Job, exact_s: float, log) -> tuple:
-    """(the point that also holds on the held-out prompts, its arrangement, mean PSNR and p10 there).
+def settle(bench: Bench, search: Search, job: Job, exact_s: float, log) -> tuple[Point, float, float]:
+    """(the point that also holds on the held-out prompts, its mean PSNR and p10 in dB there).
 
     With a fidelity the cheapest that holds it, within the time if there is one. Where one falls short on the held-out
     prompts, the next must hold more than it did on the calibration prompts. With a time alone, the truest within it.
@@ -134,7 +115,7 @@ def settle(bench: Bench, search: Search, arrangement, job: Job, exact_s: float, 
         raise DaxError("check_failed", f"{job.wanted}: exact itself takes {exact_s:.3g} s; nothing was written")
 
     def whole(options):
-        return bench.psnr(arrangement(options), bench.requests)
+        return bench.psnr(bench.combined(options), bench.requests)
 
     for more in range(VERIFIED):
         runs = job.max_runs + more * job.max_runs // 2
@@ -142,10 +123,9 @@ def settle(bench: Bench, search: Search, arrangement, job: Job, exact_s: float, 
         if found is None or found.name == "exact":
             break
         log(f"found {found.name}: {found.psnr_db:.1f} dB at {100 * found.cost:.0f} % of the work; verifying")
-        each = arrangement(found.options)
-        psnr_db, p10_db = bench.psnr(each, bench.held_out)
+        psnr_db, p10_db = bench.psnr(bench.combined(found.options), bench.held_out)
         if target is None or (holds := held(psnr_db, p10_db)) >= job.min_psnr:
-            return found, each, psnr_db, p10_db
+            return found, psnr_db, p10_db
         short = job.min_psnr - holds
         log(f"{psnr_db:.1f} dB (p10 {p10_db:.1f}) on the held-out prompts: {short:.1f} dB short")
         target = min(found.held_db + min(short, RAISE_DB), quality.CAP_DB)
@@ -181,3 +161,30 @@ def measure_presets(bench: Bench, target: float, log) -> dict[str, dict]:
         holds = held(psnr_db, p10_db) >= target
         found[name] = {"cost": cost, "psnr_db": psnr_db, "p10_db": p10_db, "holds": holds}
     return found
+
+
+def proof(bench: Bench, job: Job, plan: Plan, cost: float, **figures: float) -> Measured:
+    """What stands in the plan's file: its cost and `figures`, in dB and seconds, and where they were measured."""
+    return Measured(
+        **{name: round(value, 3) for name, value in figures.items()},
+        prompts=len(bench.held_out),
+        cost=round(cost, 4),
+        cost_of=costs.COST_OF,
+        model=job.model or "tiny",
+        model_digest=bench.checked.digest,
+        device=bench.here.name,
+        dtype=bench.dtype,
+        request={key: getattr(bench.request, key) for key in CHECKED},
+        computes=computes(plan),
+        versions=versions(bench.here),
+        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        command=job.command,
+    )
+
+
+def drawn(search: Search, found: Point, target: float) -> str:
+    """SVG of every measured combination's cost and PSNR, the front, the one found and what had to hold."""
+    measured = [(point.cost, point.psnr_db) for point in search.points.values() if point.psnr_db is not None]
+    front = [(point.cost, point.psnr_db) for point in search.front()]
+    labels = "share of exact's work", "PSNR in dB"
+    return scatter(measured, front, (found.cost, found.psnr_db), target, *labels)
