@@ -54,6 +54,12 @@ class Linear(Part):
         """The schemes named, each once."""
         return tuple(dict.fromkeys(s for s in (self.scheme, *self.rules.values()) if s != "none"))
 
+    @model_validator(mode="after")
+    def consistent(self):
+        if self.activation == "static" and "int8_weight_only" in self.schemes:
+            raise ValueError("int8_weight_only leaves activations as they are: none of its layers can be static")
+        return self
+
 
 class Blocks(Part):
     fused: bool = True

@@ -74,11 +74,15 @@ def test_fused_blocks_and_compile_exclude_each_other(plan_file):
     assert (lower.compile, lower.blocks.fused) == ("none", True)
 
 
-def test_static_scales_are_never_per_token():
+def test_static_scales_are_never_per_token_nor_of_weights_alone():
     static = {"linear.activation": "static", "linear.scheme": "int8"}
     with pytest.raises(DaxError, match="linear.activation = static: one scale"):
         Plan.from_layers([("file", static)])
-    assert Plan.from_layers([("file", static | {"linear.granularity": "tensor"})])[0].linear.activation == "static"
+    static["linear.granularity"] = "tensor"
+    for weight_only in ({"linear.scheme": "int8_weight_only"}, {"linear.rules": {"blocks.0": "int8_weight_only"}}):
+        with pytest.raises(DaxError, match="int8_weight_only leaves activations as they are"):
+            Plan.from_layers([("file", static | weight_only)])
+    assert Plan.from_layers([("file", static)])[0].linear.activation == "static"
 
 
 def test_rules_are_a_mapping_of_words(plan_file):

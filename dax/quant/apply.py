@@ -19,6 +19,11 @@ from dax.quant.linear import QuantLinear, check
 from dax.quant.scales import Scales
 from dax.quant.scheme import SCHEMES, Rule, match, rules_of
 
+FUSE_FIRST = "projections are fused before quantising, not after: undo() first"
+NOT_WEIGHTS = (
+    "the linear layers have 8 bits, which would load as weights: undo() first, or use dax.quant.save; "
+    "dax.quant.register() loads and saves by itself"
+)
 GONE = "linear.keep_original = none: the original weights were not kept; load the model again"
 PREQUANTIZED = "the checkpoint was quantised before it was loaded: its original weights were never here"
 CASTS_INPUT = "time_embedder.linear_1"  # of a diffusers transformer
@@ -36,6 +41,28 @@ def quantize_(module: nn.Module, rules: "Mapping[str, str] | str", granularity: 
     replace(module, plan, Edits(), keep=False)
     refuse_saving(module, Edits())
     return len(plan)
+
+
+def apply_linear(target, facts, part, edits: Edits, scales: Scales | None = None) -> Counter:
+    """Quantise the linear layers of a model's transformers as the plan's part `linear` says: {scheme: layers}.
+
+    DaxError as of quantize_, and ("bad_request") for static activations without a scale. `scales` are for those.
+    """
+    rules, optional = rules_of(part, facts)
+    static, keep = part.activation == "static", part.keep_original == "cpu"
+    plans = [planned(each, rules, part.granularity, static, optional) for each in target.transformers]
+    if scales is not None:
+        for transformer in target.transformers:
+            check_scales(scales, transformer)
+    amax = scales.amax if scales else {}
+    input_scales = [scales_of(each, plan, amax) for each, plan in zip(target.transformers, plans)]
+    device = target.transformers[0].device  # a second expert that waits in host memory comes over layer by layer
+    counts: Counter = Counter()
+    for transformer, plan, static_scales in zip(target.transformers, plans, input_scales):
+        if not all(isinstance(transformer.get_submodule(name), QuantLinear) for name in plan):
+            refuse_saving(transformer, edits)
+        counts += replace(transformer, plan, edits, keep, static_scales, device)
+    return counts
 
 
 def planned(
@@ -64,51 +91,56 @@ def planned(
     return plan
 
 
+def scales_of(module: nn.Module, plan: Mapping[str, Rule], amax: Mapping[str, float]) -> dict[str, float]:
+    """{layer: input scale} of the static layers that are not quantised yet, from {layer: largest input seen}."""
+    found = {}
+    for name, rule in plan.items():
+        if rule.static and not isinstance(module.get_submodule(name), QuantLinear):
+            if name not in amax:
+                raise DaxError(
+                    "bad_request", f"{name}: static activations need its scale: run dax.quant.calibrate on it"
+                )
+            found[name] = amax[name] / LARGEST[getattr(torch, SCHEMES[rule.scheme].activation)]
+    return found
+
+
 def replace(
     module: nn.Module,
     plan: Mapping[str, Rule],
     edits: Edits,
     keep: bool,
-    scales: "Mapping[str, float] | None" = None,
+    input_scales: "Mapping[str, float] | None" = None,
     device: torch.device | None = None,
 ) -> Counter:
-    """Put quantised twins in place, through the journal; {scheme: layers}.
+    """Put quantised twins in the places of a plan's layers; {scheme: layers}.
 
-    keep     move the original weights to host memory for undo(); else they are gone, layer by layer
-    scales   {layer: largest input seen}, for static rules
-    device   where the twins are made and stay; None: where each layer is
+    keep           move the original weights to host memory for undo(); else they are gone, layer by layer
+    input_scales   {layer: input scale}, of static rules
+    device         where the twins are made and stay; None: where each layer is
     """
-    counts: Counter = Counter()
     for name, rule in plan.items():
         old = module.get_submodule(name)
-        counts[rule.scheme] += 1
         if isinstance(old, QuantLinear):
             edits.seal(PREQUANTIZED)
             continue
-        home = old.weight.device
-        away = device is not None and home != device
-        here = deepcopy(old).to(device) if away else old
-        new = QuantLinear.from_float(here, rule, input_scale(rule, name, scales))
-        parent, _, leaf = name.rpartition(".")
-        parent = module.get_submodule(parent)
+        here = old if device in (None, old.weight.device) else deepcopy(old).to(device)
+        new = QuantLinear.from_float(here, rule, (input_scales or {}).get(name))
         if keep:
-            edits.call(partial(setattr, parent, leaf, new), partial(put_back, parent, leaf, new, old))
-            edits.call(partial(move, old, "cpu"), partial(move_back, old, new, home if away else None))
+            swap_kept(module, name, old, new, edits)
         else:
             edits.seal(GONE)
-            setattr(parent, leaf, new)
-    for name, child in module.named_modules():
-        if hasattr(child, "fuse_projections"):
-            edits.set_attribute(child, "fuse_projections", refuse_fusing(name))
-    return counts
+            module.set_submodule(name, new)
+    refuse(module, "fuse_projections", FUSE_FIRST, edits)
+    return Counter(rule.scheme for rule in plan.values())
 
 
-def input_scale(rule: Rule, name: str, scales: "Mapping[str, float] | None") -> float | None:
-    if not rule.static:
-        return None
-    if scales is None or name not in scales:
-        raise DaxError("bad_request", f"{name}: static activations need its scale: run dax.quant.calibrate on it")
-    return scales[name] / LARGEST[getattr(torch, SCHEMES[rule.scheme].activation)]
+def swap_kept(module: nn.Module, name: str, old: nn.Linear, new: QuantLinear, edits: Edits) -> None:
+    """The twin in a layer's place, and the layer into host memory: undone, it lies where it did."""
+    parent, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(parent)
+    home = None if old.weight.device == new.weight.device else old.weight.device
+    edits.call(partial(setattr, parent, leaf, new), partial(put_back, parent, leaf, new, old))
+    edits.call(partial(move, old, "cpu"), partial(move_back, old, new, home))
 
 
 def put_back(parent: nn.Module, leaf: str, new: QuantLinear, old: nn.Linear) -> None:
@@ -131,45 +163,17 @@ def move_back(old: nn.Linear, new: QuantLinear, home: torch.device | None) -> No
     move(old, new.weight.device if home is None else home)
 
 
-def refuse_fusing(name: str):
-    def fuse_projections(*_, **__):
-        raise DaxError("bad_request", f"{name}: projections are fused before quantising, not after: undo() first")
-
-    return fuse_projections
-
-
 def refuse_saving(module: nn.Module, edits: Edits) -> None:
     """Refuse diffusers' save_pretrained: what it would write loads as weights, codes for numbers and no scales."""
-
-    def save_pretrained(*_, **__):
-        raise DaxError(
-            "bad_request",
-            "save_pretrained: the linear layers have 8 bits, which would load as weights: undo() first, or use "
-            "dax.quant.save; dax.quant.register() loads and saves by itself",
-        )
-
-    for child in module.modules():
-        if hasattr(child, "save_pretrained"):
-            edits.set_attribute(child, "save_pretrained", save_pretrained)
+    refuse(module, "save_pretrained", NOT_WEIGHTS, edits)
 
 
-def apply_linear(target, facts, part, edits: Edits, scales: Scales | None = None) -> Counter:
-    """Quantise the linear layers of a model's transformers as the plan's part `linear` says: {scheme: layers}.
+def refuse(module: nn.Module, method: str, why: str, edits: Edits) -> None:
+    """Make a method of a module, and of all below that have it, raise DaxError("bad_request")."""
+    for name, child in module.named_modules():
+        if hasattr(child, method):
+            edits.set_attribute(child, method, partial(refusal, f"{name or method}: {why}"))
 
-    DaxError as of quantize_. `scales` are for static activations.
-    """
-    rules, optional = rules_of(part, facts)
-    counts: Counter = Counter()
-    plans = [
-        planned(transformer, rules, part.granularity, part.activation == "static", optional)
-        for transformer in target.transformers
-    ]
-    if scales is not None:
-        for transformer in target.transformers:
-            check_scales(scales, transformer)
-    device = target.transformers[0].device  # a second expert that waits in host memory comes over layer by layer
-    for transformer, plan in zip(target.transformers, plans):
-        if not all(isinstance(transformer.get_submodule(name), QuantLinear) for name in plan):
-            refuse_saving(transformer, edits)
-        counts += replace(transformer, plan, edits, part.keep_original == "cpu", scales and scales.amax, device)
-    return counts
+
+def refusal(text: str, *_, **__):
+    raise DaxError("bad_request", text)

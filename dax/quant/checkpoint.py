@@ -67,8 +67,7 @@ def load(module: nn.Module, path: "str | Path", source: str | None = None) -> in
     for name, rule in rules.items():
         old = module.get_submodule(name)
         new = QuantLinear(old.in_features, old.out_features, old.bias is not None, rule, "meta")
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, new.train(old.training))
+        module.set_submodule(name, new.train(old.training))
     module.load_state_dict(tensors, assign=True)
     refuse_saving(module, Edits())
     for parameter in module.parameters():

@@ -50,9 +50,8 @@ class DaxQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         for name, rule in planned(model, config.rules, config.granularity).items():
             old = model.get_submodule(name)
-            parent, _, leaf = name.rpartition(".")
             new = QuantLinear(old.in_features, old.out_features, old.bias is not None, rule, "meta")
-            setattr(model.get_submodule(parent), leaf, new)
+            model.set_submodule(name, new)
 
     def maybe_update_state_dict(self, state_dict):
         self.scales |= {name: tensor for name, tensor in state_dict.items() if name.endswith(SCALES)}

@@ -92,6 +92,18 @@ def test_static_scales_are_measured_saved_and_used(random_pipe, tmp_path):
         dax.optimize(random_pipe, linear=static | {"scales": str(tmp_path / "scales.json")})
 
 
+def test_a_layer_without_its_scale_is_named_before_any_weight_is_gone(random_pipe, tmp_path):
+    transformer = random_pipe.transformer
+    stock = velocity(transformer)
+    scales = quant.calibrate(transformer, {"blocks": "int8"}, lambda: velocity(transformer))
+    del scales.amax["blocks.1.ffn.net.2"]
+    scales.save(tmp_path / "scales.json")
+    linear = {"scheme": "int8", "granularity": "tensor-channel", "activation": "static", "keep_original": "none"}
+    with pytest.raises(DaxError, match="blocks.1.ffn.net.2: static activations need its scale"):
+        dax.optimize(random_pipe, linear=linear | {"scales": str(tmp_path / "scales.json")})
+    assert torch.equal(velocity(transformer), stock)
+
+
 def test_a_layer_that_never_ran_or_saw_nothing_finite_is_named(random_pipe):
     transformer = random_pipe.transformer
     with pytest.raises(DaxError, match="20 layers were never run, the first is blocks.0.attn1"):
