@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from dax.bench import report
 from dax.bench.model import facts_of
-from dax.bench.size import checked_size
+from dax.bench.size import checked_size, named
 from dax.bench.timing import measure
 from dax.errors import DaxError, nearest
 
@@ -57,10 +57,10 @@ def bench(
     from dax.hardware import machine
 
     facts = facts_of(model or "tiny")
-    pixels = checked_size(facts, size)
+    about = named(facts, checked_size(facts, size))
     if tokens is not None and tokens < 1:
         raise DaxError("bad_request", f"--tokens {tokens}: must be at least 1")
-    here, S = machine(device), tokens or facts.tokens(**asdict(pixels))
+    here, S = machine(device), tokens or about["tokens"]
     H, D, device = facts.num_heads, facts.head_dim, here.device
     q, k, v = inputs(S, H, D, device)
     chosen, left_out = arrange(q, k, v, here, rows)
@@ -96,9 +96,7 @@ def bench(
     return report.record(
         "attention",
         device,
-        model=facts.name,
-        **asdict(pixels),
-        tokens=S,
+        **about | {"tokens": S},
         num_heads=H,
         head_dim=D,
         method={"warm_up_s": warm_up_s, "timed_s": timed_s, "interleaved": True},

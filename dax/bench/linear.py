@@ -5,13 +5,15 @@ Gaussian activations and weights, quantised as they would be; every result is co
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from dax.bench import report
 from dax.bench.model import facts_of
-from dax.bench.size import checked_size
+from dax.bench.size import checked_size, named
 from dax.bench.timing import measure
 from dax.errors import DaxError
 from dax.facts import Facts
+from dax.quant.scheme import SCHEMES
 
 COLUMNS = {
     "shape": "K x N",
@@ -24,7 +26,6 @@ COLUMNS = {
     "sm_mhz": "SM MHz",
     "watts": "W",
 }
-SCHEMES = ("int8", "fp8")
 CHECKED_ROWS = 64
 LIMITS = {"int8": 0.004, "fp8": 0.006, "bf16": 0.006}  # rounding of the bf16 result, and fp8's short accumulator
 FFN_LIMIT = 0.08  # of 8-bit operands, against bf16
@@ -41,54 +42,69 @@ class Product:
     limit: float
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is multiplied in several ways, in `operations`; `products()` makes them, operands and all."""
+
+    name: str
+    shape: str
+    operations: int
+    products: Callable[[], list[Product]]
+
+
 def bench(model: str | None, size, warm_up_s: float, timed_s: float, device: str | None, log=print) -> dict:
     """Time the products of one block's linear layers over all tokens of a video, and its feed-forward; the record."""
     import torch
 
     from dax.hardware import machine
 
-    facts = facts_of(model or "tiny")
-    pixels = checked_size(facts, size)
-    tokens, here = facts.tokens(**asdict(pixels)), machine(device)
-    device, lines = here.device, []
+    facts, here = facts_of(model or "tiny"), machine(device)
+    about = named(facts, checked_size(facts, size))
     with torch.no_grad():
-        for name, shape, flops, products in subjects(facts, tokens, device):
-            errors = {}
-            for product in products():
-                errors[product.label] = checked(product, tokens, device)
-            calls = {product.label: product.call for product in products()}
-            log(f"{name}: " + ", ".join(f"{label} {error:.4f}" for label, error in errors.items()))
-            for label, timing in measure(calls, device, warm_up_s, timed_s).items():
-                dtype = next(product.dtype for product in products() if product.label == label)
-                peak = here.peak_tflops.get(dtype)
-                ceiling = flops / peak / 1e9 if peak else None
-                lines.append(
-                    {
-                        "subject": name,
-                        "shape": shape,
-                        "label": label,
-                        "ms": timing.ms,
-                        "tops": flops / timing.ms / 1e9,
-                        "ceiling_ms": ceiling,
-                        "of_ceiling_pct": ceiling and 100 * ceiling / timing.ms,
-                        "error": errors[label],
-                        "visits_ms": timing.visits,
-                        **asdict(timing.reading),
-                    }
-                )
-            del calls
+        found = [
+            rows(subject, about["tokens"], here, warm_up_s, timed_s, log)
+            for subject in subjects(facts, about["tokens"], here.device)
+        ]
     method = {"warm_up_s": warm_up_s, "timed_s": timed_s, "interleaved": True}
-    return report.record("linear", device, model=facts.name, **asdict(pixels), tokens=tokens, method=method, rows=lines)
+    return report.record("linear", here.device, **about, method=method, rows=[row for each in found for row in each])
 
 
-def subjects(facts: Facts, tokens: int, device: str):
-    """(name, K x N, operations, products) of each distinct shape, then of the feed-forward."""
-    from functools import cache
-
+def subjects(facts: Facts, tokens: int, device: str) -> list[Subject]:
+    """Each distinct shape of a block's layers, then its feed-forward."""
     C, F = facts.width, facts.ffn_dim
-    for K, N in ((C, C), (C, F), (F, C)):
-        yield f"{K}x{N}", f"{K} x {N}", 2 * tokens * K * N, cache(lambda K=K, N=N: linears(tokens, K, N, device))
-    yield "ffn", f"{C} x {F} x {C}", 4 * tokens * C * F, cache(lambda: feed_forwards(tokens, C, F, device))
+    found = [
+        Subject(f"{K}x{N}", f"{K} x {N}", 2 * tokens * K * N, partial(linears, tokens, K, N, device))
+        for K, N in ((C, C), (C, F), (F, C))
+    ]
+    make = partial(feed_forwards, tokens, C, F, device)
+    return [*found, Subject("ffn", f"{C} x {F} x {C}", 4 * tokens * C * F, make)]
+
+
+def rows(subject: Subject, tokens: int, machine, warm_up_s: float, timed_s: float, log) -> list[dict]:
+    """The products of a subject, checked, then timed in turns. DaxError("check_failed") if one is off."""
+    products = subject.products()
+    errors = [checked(product, tokens, machine.device) for product in products]
+    log(f"{subject.name}: " + ", ".join(f"{each.label} {error:.4f}" for each, error in zip(products, errors)))
+    timings = measure({product.label: product.call for product in products}, machine.device, warm_up_s, timed_s)
+    found = []
+    for product, error in zip(products, errors):
+        timing, peak = timings[product.label], machine.peak_tflops.get(product.dtype)
+        ceiling = subject.operations / peak / 1e9 if peak else None
+        found.append(
+            {
+                "subject": subject.name,
+                "shape": subject.shape,
+                "label": product.label,
+                "ms": timing.ms,
+                "tops": subject.operations / timing.ms / 1e9,
+                "ceiling_ms": ceiling,
+                "of_ceiling_pct": ceiling and 100 * ceiling / timing.ms,
+                "error": error,
+                "visits_ms": timing.visits,
+                **asdict(timing.reading),
+            }
+        )
+    return found
 
 
 def gaussian(*shape, device: str, seed: int, std: float = 1.0):
@@ -100,56 +116,53 @@ def gaussian(*shape, device: str, seed: int, std: float = 1.0):
 
 def linears(tokens: int, K: int, N: int, device: str) -> list[Product]:
     """x w^T + b of one shape: ours in 8 bits, torch's, and bf16."""
-    import torch
     import torch.nn.functional as F
+
+    x, w = gaussian(tokens, K, device=device, seed=0), gaussian(N, K, device=device, seed=1, std=K**-0.5)
+    bias = gaussian(N, device=device, seed=2)
+
+    def expected(rows):
+        return exact(x, w, rows) + bias.double()
+
+    plain = Product("bf16", "bf16", lambda: F.linear(x, w, bias), expected, LIMITS["bf16"])
+    return [*eight_bits("int8", x, w, bias), *eight_bits("fp8", x, w, bias), plain]
+
+
+def eight_bits(scheme: str, x, w, bias) -> list[Product]:
+    """x w^T + b of operands quantised before: ours, and the nearest that torch has."""
+    import torch
 
     from dax.kernels.quantize import quantize_rows
     from dax.kernels.scaled_linear import scaled_linear
 
-    x, w = gaussian(tokens, K, device=device, seed=0), gaussian(N, K, device=device, seed=1, std=K**-0.5)
-    bias = gaussian(N, device=device, seed=2)
-    found = []
-    for scheme, dtype in zip(SCHEMES, (torch.int8, torch.float8_e4m3fn)):
-        a, row, b, column = *quantize_rows(x, dtype), *quantize_rows(w, dtype)
+    dtype = getattr(torch, SCHEMES[scheme].weight)
+    (a, row), (b, column) = quantize_rows(x, dtype), quantize_rows(w, dtype)
 
-        def expected(rows, a=a, row=row, b=b, column=column):
-            return (a[rows].float().double() @ b.float().double().T) * row[rows, None] * column + bias.double()
+    def expected(rows):
+        return exact(a, b, rows) * row[rows, None] * column + bias.double()
 
-        def ours(a=a, row=row, b=b, column=column):
-            return scaled_linear(a, row, b, column, bias, torch.bfloat16)
+    def ours():
+        return scaled_linear(a, row, b, column, bias, torch.bfloat16)
 
-        found.append(Product(f"DAX {scheme}", scheme, ours, expected, LIMITS[scheme]))
-        if scheme == "fp8" and device == "cuda":
+    def scaled_mm():
+        return torch._scaled_mm(a, b.T, row[:, None], column[None], bias, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-            def theirs(a=a, row=row[:, None], b=b.T, column=column[None]):
-                return torch._scaled_mm(a, b, row, column, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-            found.append(Product("torch._scaled_mm fp8", "fp8", theirs, expected, LIMITS["fp8"]))
-        if scheme == "int8":
-            found.append(
-                Product(
-                    "torch._int_mm, no scales",
-                    "int8",
-                    lambda a=a, b=b.T: torch._int_mm(a, b),
-                    lambda rows, a=a, b=b: a[rows].double() @ b.double().T,
-                    0,
-                )
-            )
-    found.append(
-        Product(
-            "bf16",
-            "bf16",
-            lambda: F.linear(x, w, bias),
-            lambda rows: x[rows].double() @ w.double().T + bias.double(),
-            LIMITS["bf16"],
-        )
-    )
+    found = [Product(f"DAX {scheme}", scheme, ours, expected, LIMITS[scheme])]
+    if scheme == "int8":
+        call, without_scales = lambda: torch._int_mm(a, b.T), lambda rows: exact(a, b, rows)
+        found.append(Product("torch._int_mm, no scales", scheme, call, without_scales, 0))
+    elif x.is_cuda:
+        found.append(Product("torch._scaled_mm fp8", scheme, scaled_mm, expected, LIMITS[scheme]))
     return found
+
+
+def exact(a, b, rows):
+    """Rows of a b^T in fp64."""
+    return a[rows].float().double() @ b.float().double().T
 
 
 def feed_forwards(tokens: int, C: int, F: int, device: str) -> list[Product]:
     """residual + gate * (GELU(x w1^T + b1) w2^T + b2) from 8-bit x: everything of the feed-forward but its norm."""
-    import torch
     from torch import nn
 
     from dax.kernels.gated_residual import gated_residual
@@ -163,25 +176,22 @@ def feed_forwards(tokens: int, C: int, F: int, device: str) -> list[Product]:
     x, residual = (gaussian(1, tokens, C, device=device, seed=seed) for seed in (4, 5))
     gate = gaussian(1, 1, C, device=device, seed=6).float()
 
-    def plain(x=x, residual=residual):
-        return gated_residual(second(torch.nn.functional.gelu(first(x), approximate="tanh")), gate, residual)
+    def plain(rows=slice(None)):
+        h = nn.functional.gelu(first(x[:, rows]), approximate="tanh")
+        return gated_residual(second(h), gate, residual[:, rows])
 
     def expected(rows):
-        return (plain(x[:, rows], residual[:, rows])).double()[0]
+        return plain(rows).double()[0]
+
+    def ours(one, two, codes):
+        h, scale = one.forward_gelu_quantized(*codes, two)
+        return two.forward_quantized(h, scale, gate=gate, residual=residual)
 
     found = []
-    for scheme in SCHEMES:
+    for scheme in ("int8", "fp8"):
         one, two = QuantLinear.from_float(first, scheme), QuantLinear.from_float(second, scheme)
-
-        codes = one.quantize(x)
-
-        def ours(one=one, two=two, codes=codes):
-            h, scale = one.forward_gelu_quantized(*codes, two)
-            return two.forward_quantized(h, scale, gate=gate, residual=residual)
-
-        found.append(Product(f"DAX {scheme}", scheme, ours, expected, FFN_LIMIT))
-    found.append(Product("bf16, gate in one pass", "bf16", plain, expected, LIMITS["bf16"]))
-    return found
+        found.append(Product(f"DAX {scheme}", scheme, partial(ours, one, two, one.quantize(x)), expected, FFN_LIMIT))
+    return [*found, Product("bf16, gate in one pass", "bf16", plain, expected, LIMITS["bf16"])]
 
 
 def checked(product: Product, tokens: int, device: str) -> float:

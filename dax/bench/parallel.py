@@ -10,7 +10,7 @@ from dax.bench.model import facts_of
 from dax.bench.parallel_parts import Job, Part, clip_alone, clip_rows, decode_rows, link_rows
 from dax.bench.parallel_ways import COLUMNS, SAME, auto_rows, one_rank, way_rows
 from dax.bench.ranks_clock import RanksClock
-from dax.bench.size import checked_size
+from dax.bench.size import checked_size, named
 from dax.errors import DaxError, nearest
 from dax.parallel.board import mine
 from dax.parallel.join import check_gpus, code_digest, joined, place
@@ -61,8 +61,7 @@ def bench(
     job = Job(facts, asdict(pixels), layers, plan, gpus, device, warm_up_s, timed_s, chunks, log)
     figures = run_ranks(measure, (job, chosen), gpus)
     failed, rows = wrong_in(figures), figures.pop("ways", [])
-    about = {"model": facts.name, "num_blocks": layers, "plan": plan, "gpus": gpus}
-    about |= job.pixels | {"tokens": facts.tokens(**job.pixels)}
+    about = {**named(facts, pixels), "num_blocks": layers, "plan": plan, "gpus": gpus}
     return report.record("parallel", device, **about, failed=failed, rows=rows, **figures)
 
 

@@ -1,6 +1,6 @@
 """The size of a video, and which sizes a model can run."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from dax.errors import DaxError
 from dax.facts import Facts
@@ -28,3 +28,9 @@ def checked_size(facts: Facts, size: tuple[int | None, int | None, int | None]) 
     if num_frames <= 0 or (num_frames - 1) % facts.vae_temporal:
         raise DaxError("bad_request", f"--num-frames {num_frames}: must be a multiple of {facts.vae_temporal} plus 1")
     return Size(height, width, num_frames)
+
+
+def named(facts: Facts, size: Size) -> dict:
+    """What a record says of its subject: {"model", "height", "width", "num_frames", "tokens"}."""
+    pixels = asdict(size)
+    return {"model": facts.name, **pixels, "tokens": facts.tokens(**pixels)}

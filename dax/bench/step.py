@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from dax.bench import report
 from dax.bench.model import facts_of
-from dax.bench.size import checked_size
+from dax.bench.size import checked_size, named
 from dax.bench.timing import measure
 from dax.cache.step_plan import BRANCHES, COMPUTE, MOST_WEIGHTS, StepPlan
 from dax.edits import Edits
@@ -65,9 +65,7 @@ def bench(model: str | None, size, warm_up_s: float, timed_s: float, device: str
     return report.record(
         "step",
         device,
-        model=facts.name,
-        **asdict(pixels),
-        tokens=facts.tokens(**asdict(pixels)),
+        **named(facts, pixels),
         weights=MOST_WEIGHTS,
         sync_checked=gpu,
         rows=[{"what": "predicted step, both branches", **figures}],

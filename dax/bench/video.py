@@ -10,7 +10,7 @@ from statistics import median
 
 from dax.bench import report
 from dax.bench.model import build, facts_of, pipeline
-from dax.bench.size import checked_size
+from dax.bench.size import checked_size, named
 from dax.bench.timing import Reading, Sensors, sensor, summarise
 from dax.errors import DaxError
 from dax.facts import Facts
@@ -80,9 +80,7 @@ def bench(
     return report.record(
         "video",
         device,
-        model=facts.name,
-        **asdict(pixels),
-        tokens=facts.tokens(**asdict(pixels)),
+        **named(facts, pixels),
         num_blocks=layers,
         weights="random",
         plan=engine.plan.model_dump(),
