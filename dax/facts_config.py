@@ -13,6 +13,7 @@ SUPPORTED = (
     "with 48 channels and expand_timesteps), text- and image-to-video of Wan2.2 A14B (two experts, a boundary_ratio, "
     "no image tokens), Wan2.1 VACE (WanVACEPipeline with one WanVACETransformer3DModel)"
 )
+CONFIG = "transformer/config.json"
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
 COMPONENTS = {  # of a pipeline folder: library, classes
     "transformer": ("diffusers", "WanTransformer3DModel"),
@@ -46,56 +47,21 @@ def facts_from_config(
     DaxError("bad_model") for another family, a variant DAX does not know, or an impossible value.
     """
     boundary = None if model_index is None else check_model_index(model_index)
-    config = check_mapping(transformer_config, "transformer/config.json")
-    check_class(config, "transformer/config.json", "WanTransformer3DModel", "WanVACETransformer3DModel")
-    if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
-        refuse(f"transformer/config.json: qk_norm = {config['qk_norm']!r}")
-
-    def number(key: str, default: int, most: int) -> int:
-        value = config.get(key, default)
-        if type(value) is not int or not 0 < value <= most:
-            raise DaxError(
-                "bad_model", f"transformer/config.json: {key} = {value!r} must be a whole number from 1 to {most}"
-            )
-        return value
-
-    image = config.get("image_dim") is not None
-    control = config["_class_name"] == "WanVACETransformer3DModel"
-    wide = config.get("in_channels") == 48 and not (image or control)  # Wan2.2 TI2V-5B
-    ins = (16,) if control else (36,) if image else (16, 36, 48)
-    for key, known in (("in_channels", ins), ("out_channels", (48,) if wide else (16,))):
-        channels = config.get(key, 16)
-        if channels is None and key == "out_channels" and config.get("in_channels", 16) in known:
-            continue  # the vendor takes in_channels
-        if number(key, 16, 4096) not in known:
-            refuse(f"transformer/config.json: {key} = {channels}{' with image tokens' * image}")
-    patch = config.get("patch_size", [1, 2, 2])
-    if not isinstance(patch, list | tuple) or list(patch) != [1, 2, 2]:
-        refuse(f"transformer/config.json: patch_size = {patch!r}")
-    eps = config.get("eps", 1e-6)
-    if type(eps) not in (int, float) or not 0 < eps < 1:
-        raise DaxError("bad_model", f"transformer/config.json: eps = {eps!r} must be a small positive number")
-    head_dim = number("attention_head_dim", 128, 1024)
-    if head_dim % 2:
-        raise DaxError("bad_model", f"transformer/config.json: attention_head_dim = {head_dim} must be even")
-    cross_attn_norm = config.get("cross_attn_norm", True)
-    if type(cross_attn_norm) is not bool:
-        raise DaxError(
-            "bad_model", f"transformer/config.json: cross_attn_norm = {cross_attn_norm!r} must be true or false"
-        )
+    config = check_mapping(transformer_config, CONFIG)
+    check_transformer(config)
     facts = Facts(
         name="",
-        **kind_of(config, number, boundary),
+        **kind_of(config, boundary),
         boundary_ratio=boundary,
-        num_layers=number("num_layers", 40, 1000),
-        num_heads=number("num_attention_heads", 40, 1000),
-        head_dim=head_dim,
-        ffn_dim=number("ffn_dim", 13824, 1_000_000),
-        text_dim=number("text_dim", 4096, 100_000),
-        freq_dim=number("freq_dim", 256, 100_000),
-        eps=eps,
-        cross_attn_norm=cross_attn_norm,
-        rope_max_seq_len=number("rope_max_seq_len", 1024, 1_000_000),
+        num_layers=whole(config, "num_layers", 40, 1000),
+        num_heads=whole(config, "num_attention_heads", 40, 1000),
+        head_dim=whole(config, "attention_head_dim", 128, 1024),
+        ffn_dim=whole(config, "ffn_dim", 13824, 1_000_000),
+        text_dim=whole(config, "text_dim", 4096, 100_000),
+        freq_dim=whole(config, "freq_dim", 256, 100_000),
+        eps=config.get("eps", 1e-6),
+        cross_attn_norm=config.get("cross_attn_norm", True),
+        rope_max_seq_len=whole(config, "rope_max_seq_len", 1024, 1_000_000),
         defaults=FACTS["wan2.1-t2v-1.3b"].defaults,
     )
     if model_index is not None:
@@ -108,6 +74,45 @@ def facts_from_config(
             refuse(f"model_index.json: expand_timesteps = {expanded!r} around {facts.in_channels} channels")
         check_experts(facts, second_config)
     return named(facts, flow_shift)
+
+
+def check_transformer(config: dict) -> None:
+    """Refuse a transformer that is no Wan, or whose values DAX does not know."""
+    check_class(config, CONFIG, "WanTransformer3DModel", "WanVACETransformer3DModel")
+    if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
+        refuse(f"{CONFIG}: qk_norm = {config['qk_norm']!r}")
+    check_channels(config)
+    patch = config.get("patch_size", [1, 2, 2])
+    if not isinstance(patch, list | tuple) or list(patch) != [1, 2, 2]:
+        refuse(f"{CONFIG}: patch_size = {patch!r}")
+    eps, cross_attn_norm = config.get("eps", 1e-6), config.get("cross_attn_norm", True)
+    if type(eps) not in (int, float) or not 0 < eps < 1:
+        raise DaxError("bad_model", f"{CONFIG}: eps = {eps!r} must be a small positive number")
+    if (head_dim := whole(config, "attention_head_dim", 128, 1024)) % 2:
+        raise DaxError("bad_model", f"{CONFIG}: attention_head_dim = {head_dim} must be even")
+    if type(cross_attn_norm) is not bool:
+        raise DaxError("bad_model", f"{CONFIG}: cross_attn_norm = {cross_attn_norm!r} must be true or false")
+
+
+def check_channels(config: dict) -> None:
+    """Refuse channels that no known member of the family has."""
+    image, control = config.get("image_dim") is not None, config["_class_name"] == "WanVACETransformer3DModel"
+    wide = config.get("in_channels") == 48 and not (image or control)  # Wan2.2 TI2V-5B
+    ins = (16,) if control else (36,) if image else (16, 36, 48)
+    for key, known in (("in_channels", ins), ("out_channels", (48,) if wide else (16,))):
+        channels = config.get(key, 16)
+        if channels is None and key == "out_channels" and config.get("in_channels", 16) in known:
+            continue  # the vendor takes in_channels
+        if whole(config, key, 16, 4096) not in known:
+            refuse(f"{CONFIG}: {key} = {channels}{' with image tokens' * image}")
+
+
+def whole(config: dict, key: str, default: int, most: int) -> int:
+    """A value of the transformer's config; DaxError("bad_model") unless it is a whole number from 1 to `most`."""
+    value = config.get(key, default)
+    if type(value) is not int or not 0 < value <= most:
+        raise DaxError("bad_model", f"{CONFIG}: {key} = {value!r} must be a whole number from 1 to {most}")
+    return value
 
 
 def check_experts(facts: Facts, second_config: dict | None) -> None:
@@ -149,25 +154,25 @@ def named(facts: Facts, flow_shift: float | None) -> Facts:
     return replace(facts, name=f"{facts.family}-{facts.num_layers}x{facts.width}")
 
 
-def kind_of(config: dict, number, boundary_ratio: float | None) -> dict[str, Any]:
+def kind_of(config: dict, boundary_ratio: float | None) -> dict[str, Any]:
     """What tells a member of the family from plain text-to-video, as facts."""
     if config["_class_name"] == "WanVACETransformer3DModel":
-        return control_facts(config, number)
-    return no_image(config, boundary_ratio) if config.get("image_dim") is None else image_facts(config, number)
+        return control_facts(config)
+    return no_image(config, boundary_ratio) if config.get("image_dim") is None else image_facts(config)
 
 
-def image_facts(config: dict, number) -> dict[str, Any]:
+def image_facts(config: dict) -> dict[str, Any]:
     """What image-to-video adds to the facts. The image's tokens are embedded as wide as the model."""
-    width = number("num_attention_heads", 40, 1000) * number("attention_head_dim", 128, 1024)
+    width = whole(config, "num_attention_heads", 40, 1000) * whole(config, "attention_head_dim", 128, 1024)
     if config.get("added_kv_proj_dim") != width:
-        refuse(f"transformer/config.json: added_kv_proj_dim = {config.get('added_kv_proj_dim')!r}, not {width}")
+        refuse(f"{CONFIG}: added_kv_proj_dim = {config.get('added_kv_proj_dim')!r}, not {width}")
     positions = config.get("pos_embed_seq_len")
     if positions not in (None, 2 * CLIP_TOKENS):
-        refuse(f"transformer/config.json: pos_embed_seq_len = {positions!r}, not {2 * CLIP_TOKENS}: two images")
+        refuse(f"{CONFIG}: pos_embed_seq_len = {positions!r}, not {2 * CLIP_TOKENS}: two images")
     return {
         "in_channels": 36,
         "image_tokens": CLIP_TOKENS if positions is None else positions,
-        "image_dim": number("image_dim", 1280, 100_000),
+        "image_dim": whole(config, "image_dim", 1280, 100_000),
         "image_positions": positions is not None,
         "family": "wan-i2v",
         "pipeline_class": "WanImageToVideoPipeline",
@@ -178,24 +183,23 @@ def no_image(config: dict, boundary_ratio: float | None) -> dict[str, Any]:
     """What no image tokens mean beside two experts or more channels; refuses a transformer that has parts for them."""
     for key in ("added_kv_proj_dim", "pos_embed_seq_len"):
         if config.get(key) is not None:
-            refuse(f"transformer/config.json: {key} = {config[key]!r} without image_dim")
+            refuse(f"{CONFIG}: {key} = {config[key]!r} without image_dim")
     channels = config.get("in_channels", 16)
     return WITHOUT_IMAGE_TOKENS[channels] if boundary_ratio is not None or channels in (36, 48) else {}
 
 
-def control_facts(config: dict, number) -> dict[str, Any]:
+def control_facts(config: dict) -> dict[str, Any]:
     """What VACE adds to the facts."""
     if config.get("image_dim") is not None:
         refuse("transformer/config.json: image_dim in WanVACETransformer3DModel")
-    if number("vace_in_channels", 96, 4096) != 96:
-        refuse(f"transformer/config.json: vace_in_channels = {config['vace_in_channels']}")
-    layers, depth = config.get("vace_layers", list(range(0, 40, 5))), number("num_layers", 40, 1000)
-    whole = isinstance(layers, list | tuple) and all(type(layer) is int for layer in layers)
-    if not whole or list(layers) != sorted(set(layers)) or 0 not in layers or layers[-1] >= depth:
+    if whole(config, "vace_in_channels", 96, 4096) != 96:
+        refuse(f"{CONFIG}: vace_in_channels = {config['vace_in_channels']}")
+    layers, depth = config.get("vace_layers", list(range(0, 40, 5))), whole(config, "num_layers", 40, 1000)
+    numbers = isinstance(layers, list | tuple) and all(type(layer) is int for layer in layers)
+    if not numbers or list(layers) != sorted(set(layers)) or 0 not in layers or layers[-1] >= depth:
         raise DaxError(
             "bad_model",
-            f"transformer/config.json: vace_layers = {layers!r} must be ascending block numbers from 0 to {depth - 1}, "
-            "0 among them",
+            f"{CONFIG}: vace_layers = {layers!r} must be ascending block numbers from 0 to {depth - 1}, 0 among them",
         )
     return controlled(layers)
 
