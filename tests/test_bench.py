@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from dax.bench import contest, linear, report, rivals, start
+from dax.bench import contest, linear, report, rivals, start, step
 from dax.bench.block import calls_of
 from dax.bench.breakdown import kind_of
 from dax.bench.model import build
 from dax.bench.size import Size
+from dax.cache import gate
 from dax.errors import DaxError
 from dax.facts import TI2V, controlled, facts_named
 from dax.models import wan_block, wan_guard
@@ -249,6 +250,16 @@ def test_linear_checks_every_product_and_names_its_ceiling():
     labels = {row["label"] for row in result["rows"] if row["subject"] == "ffn"}
     assert labels == {"DAX int8", "DAX fp8", "bf16, gate in one pass"}
     assert all(row["error"] < 0.05 for row in result["rows"]) and any("int8 0.00" in text for text in log)
+
+
+def test_a_predicted_step_is_the_sum_it_should_be_or_is_not_timed(monkeypatch):
+    (row,) = step.bench("tiny", (64, 64, 5), 0.0, 0.01, "cpu")["rows"]
+    assert row["error"] < 3e-3 and row["ms"] > 0 and row["state_mb"] == pytest.approx(2 * 4 * 16 * 2 * 8 * 8 * 2 / 1e6)
+    original = gate.combine
+    monkeypatch.setattr(gate, "combine", lambda velocities, weights: original(velocities[::-1], weights))
+    monkeypatch.setattr(step, "measure", lambda *rest: pytest.fail("timed a wrong answer"))
+    with pytest.raises(DaxError, match="from the sum it should be; not timed"):
+        step.bench("tiny", (64, 64, 5), 0.0, 0.01, "cpu")
 
 
 def test_linear_does_not_time_a_wrong_product(monkeypatch):

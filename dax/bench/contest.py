@@ -5,12 +5,13 @@ A row whose result is off ends the bench: no time is printed beside a wrong answ
 
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from dax.bench import report, rivals, roofline
 from dax.bench.breakdown import breakdown
 from dax.bench.model import LOGIT_STD, build, facts_of
-from dax.bench.size import checked_size
+from dax.bench.size import checked_size, named
 from dax.bench.timing import Timing, measure
 from dax.errors import DaxError
 from dax.facts import Facts
@@ -69,6 +70,7 @@ def bench(
     facts = facts_of(model or "tiny")
     folder = model if model and Path(model).is_dir() else None
     pixels = checked_size(facts, size)
+    about = named(facts, pixels) | {"model": folder or facts.name}
     if num_layers is not None and not 1 <= num_layers <= facts.num_layers:
         raise DaxError("bad_request", f"--layers {num_layers}: {facts.name} has 1 to {facts.num_layers}")
     if num_layers is None:
@@ -81,8 +83,7 @@ def bench(
     here = machine(device)
     device, sheet = here.device, here if here.peak_tflops else None  # a card without a data sheet has no ceiling
     transformer = build(facts, folder, device, num_layers)
-    tokens = facts.tokens(*asdict(pixels).values())
-    log(f"{facts.name}: {num_layers} of {facts.num_layers} blocks, {tokens} tokens, on {device}")
+    log(f"{facts.name}: {num_layers} of {facts.num_layers} blocks, {about['tokens']} tokens, on {device}")
     if subject == "block":
         from dax.bench.block import calls_of, operations_of
     else:
@@ -91,16 +92,12 @@ def bench(
     calls, origin = calls_of(facts, transformer, pixels, device)
     with torch.no_grad():
         results, left_out = run_rows(transformer, calls, origin, chosen, device, warm_up_s, timed_s, log)
-    lines = []
-    for result in results:
-        operations = operations_of(facts, pixels, num_layers, *rivals.arithmetic(result.row))
-        lines.append(line(result, operations, sheet, facts, facts.cut(num_layers).num_blocks))
+    work = [operations_of(facts, pixels, num_layers, *rivals.arithmetic(result.row)) for result in results]
+    num_blocks = facts.cut(num_layers).num_blocks
     return report.record(
         subject,
         device,
-        model=folder or facts.name,
-        **asdict(pixels),
-        tokens=tokens,
+        **about,
         num_blocks=num_layers,
         weights="folder" if folder else "random",
         method={
@@ -109,7 +106,7 @@ def bench(
             "interleaved": True,
             "logit_std": None if folder else LOGIT_STD,
         },
-        rows=lines,
+        rows=[line(result, ops, sheet, facts, num_blocks) for result, ops in zip(results, work)],
         left_out=left_out,
     )
 
@@ -122,47 +119,61 @@ def run_rows(model, calls, origin, rows, device, warm_up_s, timed_s, log) -> tup
     """
     import torch
 
-    gpu = device.startswith("cuda")
     torch.compiler.reset()
-    ready, known_of, left_out = {}, {}, {}
+    ready, known, left_out = {}, {}, {}
     with rivals.backends_restored():
         eager, _ = rivals.arrange(model, rivals.RIVALS["eager"], device)
         reference = calls(eager)().float() - origin
         del eager
         for row in rows:
-            start = time.perf_counter()
-            arranged, reason = rivals.arrange(model, row, device, alone=len(rows) == 1)
-            if gpu:
-                torch.cuda.synchronize()
-            arrange_s = time.perf_counter() - start
+            arrange = partial(rivals.arrange, model, row, device, alone=len(rows) == 1)
+            (arranged, reason), arrange_s = waited_for(arrange, device)
             if reason:
                 left_out[row.name] = reason
                 log(f"left out {row.name}: {reason}")
                 continue
-            call = rivals.choice_kept(calls(arranged))
-            if gpu:
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            output = call()
-            if gpu:
-                torch.cuda.synchronize()
-            first_call_s = time.perf_counter() - start
-            peak_gib = (torch.cuda.max_memory_allocated() - reference.nbytes) / 2**30 if gpu else None
-            error = relative_error(output.float() - origin, reference)
-            del output
-            log(f"{row.name}: first call {first_call_s:.1f} s, error {error:.4f} (limit {row.limit})")
-            if not error <= row.limit:  # so that NaN fails too
-                raise DaxError(
-                    "check_failed", f"{row.name}: result lies {error:.4f} from eager's, limit {row.limit}; not timed"
-                )
-            ready[row.name], known_of[row.name] = call, (row, error, arrange_s, first_call_s, peak_gib)
+            ready[row.name] = call = rivals.choice_kept(calls(arranged))
+            known[row.name] = {"row": row, "arrange_s": arrange_s}
+            known[row.name] |= checked(row, call, origin, reference, device, log)
         if not ready:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
             raise DaxError("unsupported", f"no row runs here: {reasons}")
         del reference
-        kinds = {name: breakdown(call) if gpu else {} for name, call in ready.items()}
+        kinds = {name: breakdown(call) if device.startswith("cuda") else {} for name, call in ready.items()}
         timings = measure(ready, device, warm_up_s, timed_s)
-    return [Result(*known_of[name], kinds[name], timings[name]) for name in ready], left_out
+    return [Result(**known[name], kinds=kinds[name], timing=timings[name]) for name in ready], left_out
+
+
+def checked(row: rivals.Row, call, origin, reference, device: str, log) -> dict:
+    """A row's first call beside eager's result: {error, first_call_s, peak_gib}; the peak is None without a GPU.
+
+    DaxError("check_failed") for a result that is off.
+    """
+    import torch
+
+    gpu = device.startswith("cuda")
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    output, first_call_s = waited_for(call, device)
+    peak_gib = (torch.cuda.max_memory_allocated() - reference.nbytes) / 2**30 if gpu else None
+    error = relative_error(output.float() - origin, reference)
+    log(f"{row.name}: first call {first_call_s:.1f} s, error {error:.4f} (limit {row.limit})")
+    if not error <= row.limit:  # so that NaN fails too
+        raise DaxError(
+            "check_failed", f"{row.name}: result lies {error:.4f} from eager's, limit {row.limit}; not timed"
+        )
+    return {"error": error, "first_call_s": first_call_s, "peak_gib": peak_gib}
+
+
+def waited_for(call, device: str) -> tuple:
+    """(what a call gives, seconds until the device is done with it)."""
+    import torch
+
+    start = time.perf_counter()
+    found = call()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return found, time.perf_counter() - start
 
 
 def line(result: Result, operations: list, machine, facts: Facts, num_blocks: int) -> dict:
