@@ -50,26 +50,11 @@ def resolve(
     is DaxError("unsupported") instead. 8 bits that do not run there are an error always.
     """
     check_experts(plan, facts)
-    notes, fallbacks, kernel, compiled = [], [], plan.attention.kernel, plan.compile
+    check_reuse(plan, facts)
     linear, scales = resolve_linear(plan.linear, machine)
-    fused = plan.blocks.fused
-    if fused and (problem := no_kernels(machine)):
-        fallbacks.append(f"blocks.fused = true: {problem}; false instead")
-        fused = False
-    if plan.offload == "experts" and machine.device == "cpu":
-        notes.append("offload = experts: the device is the host here, so it saves nothing")
-    best = attention.choose(machine, dtype, facts.head_dim)
-    if kernel == "auto":
-        kernel = best
-        notes.append(f"attention.kernel: auto is {best} on {machine.name} in {dtype}")
-    elif problem := attention.reason(kernel, machine, dtype, facts.head_dim):
-        fallbacks.append(f"attention.kernel = {kernel}: {problem}; {best} instead")
-        kernel = best
-    elif remark := attention.lesser(kernel, machine):
-        fallbacks.append(f"attention.kernel = {kernel}: {remark}")
-    if compiled == "blocks" and machine.packages is not None and machine.compiler is None:
-        fallbacks.append("compile = blocks: no C++ compiler found (install g++ or set CXX); none instead")
-        compiled = "none"
+    kernel, notes, fallbacks = resolve_attention(plan.attention.kernel, machine, dtype, facts.head_dim)
+    fused, compiled, said, fell = resolve_blocks(plan, machine)
+    notes, fallbacks = notes + said, fallbacks + fell
     parallel, said = resolve_parallel(
         plan.parallel,
         facts,
@@ -82,7 +67,6 @@ def resolve(
         eager=compiled == "none",
     )
     notes += said
-    check_reuse(plan, facts)
     resolved = plan.model_copy(
         update={
             "attention": plan.attention.model_copy(update={"kernel": kernel}),
@@ -92,13 +76,37 @@ def resolve(
             "compile": compiled,
         }
     )
-    cached, calibration, more, fell = resolve_cache(
-        plan.cache, facts.name, checkpoint, kernels_of(resolved), facts.plain
-    )
-    notes, fallbacks = notes + more, fallbacks + fell
+    kernels = kernels_of(resolved)
+    cached, calibration, said, fell = resolve_cache(plan.cache, facts.name, checkpoint, kernels, facts.plain)
+    notes, fallbacks = notes + said, fallbacks + fell
     if strict and fallbacks:
         raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
     return Resolved(resolved.model_copy(update={"cache": cached}), tuple(notes), tuple(fallbacks), scales, calibration)
+
+
+def resolve_attention(kernel: str, machine: Machine, dtype: str, head_dim: int) -> tuple[str, list[str], list[str]]:
+    """(the kernel that runs there, notes, fallbacks)."""
+    best = attention.choose(machine, dtype, head_dim)
+    if kernel == "auto":
+        return best, [f"attention.kernel: auto is {best} on {machine.name} in {dtype}"], []
+    if problem := attention.reason(kernel, machine, dtype, head_dim):
+        return best, [], [f"attention.kernel = {kernel}: {problem}; {best} instead"]
+    remark = attention.lesser(kernel, machine)
+    return kernel, [], [f"attention.kernel = {kernel}: {remark}"] if remark else []
+
+
+def resolve_blocks(plan: Plan, machine: Machine) -> tuple[bool, str, list[str], list[str]]:
+    """(blocks.fused, compile, notes, fallbacks): how a block is run there, and where it waits."""
+    fused, compiled, notes, fallbacks = plan.blocks.fused, plan.compile, [], []
+    if fused and (problem := no_kernels(machine)):
+        fused = False
+        fallbacks.append(f"blocks.fused = true: {problem}; false instead")
+    if compiled == "blocks" and machine.packages is not None and machine.compiler is None:
+        compiled = "none"
+        fallbacks.append("compile = blocks: no C++ compiler found (install g++ or set CXX); none instead")
+    if plan.offload == "experts" and machine.device == "cpu":
+        notes.append("offload = experts: the device is the host here, so it saves nothing")
+    return fused, compiled, notes, fallbacks
 
 
 def check_reuse(plan: Plan, facts: Facts) -> None:

@@ -102,7 +102,7 @@ def make(
 ) -> StepPlan | None:
     """The table of one run, see `maker`: the policy's steps, then guidance, then where a second expert begins.
 
-    sigmas, timesteps   of each step: floats, and a tensor that ends at `train_steps`; None: as schedulers set them
+    sigmas, timesteps   of each step: floats, and a tensor of a scheduler of so many `train_steps`; None: not known
     DaxError("bad_request") for a run that the policy, or what it goes by, is not for.
     """
     if setting.steps is None:
