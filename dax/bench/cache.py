@@ -16,7 +16,7 @@ from dax.cache.artifact import Artifact
 from dax.cache.calibrate import Effort, calibrate
 from dax.cache.magcache import magcache_mask
 from dax.cache.record import Clips, fidelity, latent_psnr, make_clips, run
-from dax.cache.step_plan import Setting, StepPlan, actions_of
+from dax.cache.step_plan import Setting, StepPlan
 from dax.cache.teacache import changes, teacache_mask
 
 SHARES = (0.5, 0.4, 0.33)
@@ -144,18 +144,14 @@ def sweep(pipe, masks: dict[str, str], test: Clips, reference, batch: int) -> tu
     found, names = {}, {mask: name for name, mask in reversed(masks.items())}
     spread = [list(names)[round(i)] for i in np.linspace(0, len(names) - 1, min(len(names), MOST_MASKS))]
     for mask in spread:
-        name = names[mask]
-        found[name] = fidelity(pipe, plan_of(mask, "velocity"), test, reference, batch), mask
+        plan = StepPlan.of_mask(mask, "velocity")
+        found[names[mask]] = fidelity(pipe, plan, test, reference, batch), mask
     for name in sorted(found, key=lambda name: -found[name][0].mean())[:FINALISTS]:
         mask = found[name][1]
-        found[f"{name}, residual"] = fidelity(pipe, plan_of(mask, "residual"), test, reference, batch), mask
+        plan = StepPlan.of_mask(mask, "residual", reuse="residual")
+        found[f"{name}, residual"] = fidelity(pipe, plan, test, reference, batch), mask
     best = max(found, key=lambda name: found[name][0].mean())
     return found[best][0], len(spread), best, found[best][1]
-
-
-def plan_of(mask: str, reuse: str) -> StepPlan:
-    actions = actions_of(mask)
-    return StepPlan(actions, actions, reuse, reuse=reuse)
 
 
 def teacache_settings(artifact: Artifact, count: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ from functools import partial
 
 from dax.cache import magcache, teacache
 from dax.cache.artifact import Artifact, find
-from dax.cache.step_plan import Setting, StepPlan, actions_of, check_mask, flow_sigmas, guidance_rows
+from dax.cache.step_plan import Setting, StepPlan, check_mask, flow_sigmas, guidance_rows
 from dax.errors import DaxError
 from dax.facts import Facts
 from dax.plan import Cache
@@ -91,15 +91,9 @@ def maker(cache: Cache, found: Artifact | None, facts: Facts, embeddings: Callab
 
 
 def make(
-    cache: Cache,
-    found: Artifact | None,
-    facts: Facts,
-    embeddings,
-    setting: Setting,
-    sigmas,
-    timesteps=None,
-    train_steps=None,
-) -> StepPlan | None:
+    cache: Cache, found: Artifact | None, facts: Facts, embeddings: Callable | None,
+    setting: Setting, sigmas: Sequence[float] | None, timesteps=None, train_steps: int | None = None,
+) -> StepPlan | None:  # fmt: skip
     """The table of one run, see `maker`: the policy's steps, then guidance, then where a second expert begins.
 
     sigmas, timesteps   of each step: floats, and a tensor of a scheduler of so many `train_steps`; None: not known
@@ -113,7 +107,10 @@ def make(
         plan = found.rung(cache.budget, cache.min_psnr).plan
         plan.check(setting)
     elif cache.policy == "mask":
-        plan = mask_plan(cache, setting)
+        mask = check_mask(cache.mask, "cache.mask")
+        if len(mask) != setting.steps:
+            raise DaxError("bad_request", f"cache.mask has {len(mask)} letters, the run has {setting.steps} steps")
+        plan = StepPlan.of_mask(mask, "mask")
     elif cache.policy == "magcache":
         plan = magcache_plan(cache, found, facts.name, sigmas)
     else:
@@ -143,19 +140,6 @@ def guided(plan: StepPlan, cache: Cache) -> StepPlan:
     return replace(plan, uncond=uncond, made_by=made_by, reuse=cache.reuse)
 
 
-def masked(mask: str, made_by: str) -> StepPlan:
-    """Both branches by one mask."""
-    row = actions_of(mask)
-    return StepPlan(row, row, made_by)
-
-
-def mask_plan(cache: Cache, setting: Setting) -> StepPlan:
-    mask = check_mask(cache.mask, "cache.mask")
-    if len(mask) != setting.steps:
-        raise DaxError("bad_request", f"cache.mask has {len(mask)} letters, the run has {setting.steps} steps")
-    return masked(mask, "mask")
-
-
 def magcache_plan(cache: Cache, found: Artifact | None, model: str, sigmas: Sequence[float] | None) -> StepPlan:
     """By the calibrated or published ratios, moved to the noise levels of the run."""
     if sigmas is None:
@@ -166,7 +150,8 @@ def magcache_plan(cache: Cache, found: Artifact | None, model: str, sigmas: Sequ
     made_by = f"MagCache {cache.threshold:g}/{cache.max_skips}, {'calibrated' if found else 'published'}"
     if here is not ratios:
         made_by += f", interpolated from {len(own)} steps at shift {ratios.flow_shift:g}"
-    return masked(magcache.magcache_mask(here.cond, cache.threshold, cache.max_skips, cache.retention), made_by)
+    mask = magcache.magcache_mask(here.cond, cache.threshold, cache.max_skips, cache.retention)
+    return StepPlan.of_mask(mask, made_by)
 
 
 def teacache_plan(
@@ -189,4 +174,4 @@ def teacache_plan(
     else:
         moved = teacache.changes(embeddings(timesteps, polynomial.projected))
     mask = teacache.teacache_mask(moved, polynomial, cache.threshold, *teacache.RETAINED[cache.ret_steps])
-    return masked(mask, f"TeaCache {cache.threshold:g}, {'calibrated' if found else 'published'}")
+    return StepPlan.of_mask(mask, f"TeaCache {cache.threshold:g}, {'calibrated' if found else 'published'}")

@@ -91,6 +91,12 @@ class StepPlan:
                 elif self.reuse == "residual" and action != REUSE:
                     self.refuse(f"step {step} of {branch}: a residual is reused as it is")
 
+    @classmethod
+    def of_mask(cls, mask: str, made_by: str, reuse: str = "velocity") -> "StepPlan":
+        """Both branches by one mask, see actions_of."""
+        row = actions_of(mask)
+        return cls(row, row, made_by, reuse=reuse)
+
     def refuse(self, what: str) -> None:
         raise DaxError("bad_request", f"step plan ({self.made_by}): {what}")
 
