@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from dax.bench import report, rivals, roofline
+from dax.bench import block, forward, report, rivals, roofline
 from dax.bench.breakdown import breakdown
 from dax.bench.model import LOGIT_STD, build, facts_of
 from dax.bench.size import checked_size, named
@@ -16,6 +16,7 @@ from dax.bench.timing import Timing, measure
 from dax.errors import DaxError
 from dax.facts import Facts
 
+SUBJECTS = {"block": block, "forward": forward}
 DEFAULT_BLOCKS = 4
 COLUMNS = {
     "label": "stack",
@@ -84,16 +85,11 @@ def bench(
     device, sheet = here.device, here if here.peak_tflops else None  # a card without a data sheet has no ceiling
     transformer = build(facts, folder, device, num_layers)
     log(f"{facts.name}: {num_layers} of {facts.num_layers} blocks, {about['tokens']} tokens, on {device}")
-    if subject == "block":
-        from dax.bench.block import calls_of, operations_of
-    else:
-        from dax.bench.forward import calls_of, operations_of
-
-    calls, origin = calls_of(facts, transformer, pixels, device)
+    calls, origin = SUBJECTS[subject].calls_of(facts, transformer, pixels, device)
     with torch.no_grad():
         results, left_out = run_rows(transformer, calls, origin, chosen, device, warm_up_s, timed_s, log)
+    num_blocks, operations_of = facts.cut(num_layers).num_blocks, SUBJECTS[subject].operations_of
     work = [operations_of(facts, pixels, num_layers, *rivals.arithmetic(result.row)) for result in results]
-    num_blocks = facts.cut(num_layers).num_blocks
     return report.record(
         subject,
         device,
