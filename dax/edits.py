@@ -52,12 +52,13 @@ class Edits:
         handles = []
         self.call(lambda: handles.append(register(*args, **options)), lambda: handles.pop().remove())
 
-    def undo(self) -> None:
+    def undo(self, anyway: bool = False) -> None:
         """Take everything back, last change first. Twice is harmless. A failure is raised once all were tried.
 
+        anyway   although sealed: all but what is gone
         DaxError("bad_request"), with nothing taken back, once sealed.
         """
-        if self.sealed:
+        if self.sealed and not anyway:
             raise DaxError("bad_request", f"undo: {self.sealed}")
         failure = None
         while self._undo:

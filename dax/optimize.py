@@ -50,7 +50,7 @@ def optimize(
     dtype = str(transformer.dtype).removeprefix("torch.")
     checkpoint = None if wanted.cache.policy == "none" else checkpoint_of(target)
     ranks = replace(ranks_here(guided=target.pipe is not None), tokens=tokens)
-    resolved = resolve(wanted, target.facts, here, strict, dtype, checkpoint, ranks)
+    resolved = resolve(wanted, target.facts, here, strict, dtype, checkpoint, ranks, stored_in(target))
     if resolved.plan.blocks.fused:
         difference = wan_guard.block_difference(bool(target.facts.control_layers))
         resolved = without_fused_blocks(resolved, difference, strict)
@@ -106,7 +106,7 @@ def apply(
         name = processor.backend.name
         changes.append(Change("attention.kernel", name, f"{kind}-attention layers", count, total))
     apply_token_time(target, plan.blocks.fused, edits)
-    if plan.linear.active:
+    if plan.linear.active and not resolved.as_stored:
         from dax.quant import apply_linear
 
         counts = apply_linear(target, target.facts, plan.linear, edits, resolved.scales)
@@ -167,6 +167,23 @@ def gate_of(resolved: Resolved, target, checkpoint: str | None, edits: Edits):
     )
 
 
+def stored_in(target) -> dict:
+    """{layer: Rule} of the linear layers that have 8 bits already, under an adapter too; alike in both experts."""
+    from dax.quant import QuantLinear
+
+    first, *others = (
+        {
+            name.removesuffix(".base_layer"): layer.rule
+            for name, layer in transformer.named_modules()
+            if isinstance(layer, QuantLinear)
+        }
+        for transformer in target.transformers
+    )
+    if any(other != first for other in others):
+        raise DaxError("bad_request", "linear: the two experts are not quantised alike: load or quantise both the same")
+    return first
+
+
 def mode_of(transformer):
     """torch.inference_mode as when the weights were made: moved in the other one they could not be used any more."""
     import torch
@@ -205,7 +222,7 @@ class Change:
 class Engine:
     """What `optimize` did. `plan` is the resolved plan, `fallbacks` and `notes` how it differs from the one asked.
 
-    A context manager: leaving the block undoes.
+    A context manager: leaving the block undoes; where original weights are gone, all but them.
     """
 
     def __init__(self, target, resolved: Resolved, changes: list[Change], edits: Edits, gate=None):
@@ -238,10 +255,16 @@ class Engine:
         return "\n".join(lines)
 
     def undo(self) -> None:
-        """Give the model back as it was, the same objects bit for bit. Twice is harmless."""
+        """Give the model back as it was, the same objects bit for bit. Twice is harmless.
+
+        DaxError("bad_request"), with nothing undone, where original weights are gone or were never here.
+        """
+        self._undo(anyway=False)
+
+    def _undo(self, anyway: bool) -> None:
         if self.active:
             with mode_of(self._target.transformers[0]):
-                self._edits.undo()
+                self._edits.undo(anyway)
             for transformer in self._target.transformers:
                 OPTIMIZED.discard(transformer)
 
@@ -249,7 +272,7 @@ class Engine:
         return self
 
     def __exit__(self, *_) -> None:
-        self.undo()
+        self._undo(anyway=True)
 
 
 class CallableModule(ModuleType):

@@ -3,6 +3,7 @@
 No torch, no weights: every `auto` is decided here, and what cannot be had is refused or falls back by name.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dax import attention
@@ -15,7 +16,9 @@ from dax.parallel.cost import TILE
 from dax.parallel.planner import ALONE, Ranks, resolve_parallel
 from dax.plan import Linear, Plan
 from dax.quant.scales import Scales
+from dax.quant.scheme import Rule
 from dax.quant.scheme import reason as scheme_reason
+from dax.quant.stored import held_to
 
 EIGHT_BIT = ("int8",)  # kernels whose operands can travel in 8 bits
 
@@ -24,7 +27,8 @@ EIGHT_BIT = ("int8",)  # kernels whose operands can travel in 8 bits
 class Resolved:
     """A plan of definite choices. `notes` say what each `auto` became, `fallbacks` what could not be had.
 
-    `scales` is the content of the plan's linear.scales, whose place the digest takes in the plan.
+    `scales` is the content of the plan's linear.scales, whose place the digest takes in the plan. `as_stored`: linear
+    layers came in 8 bits and no others were asked for, so there is nothing to quantise.
     """
 
     plan: Plan
@@ -32,6 +36,7 @@ class Resolved:
     fallbacks: tuple[str, ...] = ()
     scales: Scales | None = None
     calibration: Artifact | None = None  # of the step cache
+    as_stored: bool = False
 
 
 def resolve(
@@ -42,17 +47,21 @@ def resolve(
     dtype: str = "bfloat16",
     checkpoint: str | None = None,
     ranks: Ranks = ALONE,
+    stored: Mapping[str, Rule] = {},
 ) -> Resolved:
     """The plan with every `auto` decided for that model on that machine. Pure: no torch, no weights.
 
     dtype and checkpoint (its digest, see dax.cache.checkpoint) are the transformer's; ranks says how many share the
-    work, and what is known of it. What does not run there falls back to something exact and is named; with `strict` it
-    is DaxError("unsupported") instead. 8 bits that do not run there are an error always.
+    work, and what is known of it; `stored` are linear layers that have 8 bits already. What does not run there falls
+    back to something exact and is named; with `strict` it is DaxError("unsupported") instead. 8 bits that do not run
+    there are an error always.
     """
     check_experts(plan, facts)
     check_reuse(plan, facts)
-    linear, scales = resolve_linear(plan.linear, machine)
-    kernel, notes, fallbacks = resolve_attention(plan.attention.kernel, machine, dtype, facts.head_dim)
+    linear, notes, fallbacks = held_to(plan.linear, facts, stored)
+    linear, scales = resolve_linear(linear, machine)
+    kernel, said, fell = resolve_attention(plan.attention.kernel, machine, dtype, facts.head_dim)
+    notes, fallbacks = notes + said, fallbacks + fell
     fused, compiled, said, fell = resolve_blocks(plan, machine)
     notes, fallbacks = notes + said, fallbacks + fell
     parallel, said = resolve_parallel(
@@ -81,7 +90,8 @@ def resolve(
     notes, fallbacks = notes + said, fallbacks + fell
     if strict and fallbacks:
         raise DaxError("unsupported", f"--strict: {'; '.join(fallbacks)}")
-    return Resolved(resolved.model_copy(update={"cache": cached}), tuple(notes), tuple(fallbacks), scales, calibration)
+    resolved, as_stored = resolved.model_copy(update={"cache": cached}), bool(stored) and not plan.linear.active
+    return Resolved(resolved, tuple(notes), tuple(fallbacks), scales, calibration, as_stored)
 
 
 def resolve_attention(kernel: str, machine: Machine, dtype: str, head_dim: int) -> tuple[str, list[str], list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dax.bench import costs, roofline
 from dax.bench.gains import gains
-from dax.bench.model import facts_of
+from dax.bench.model import facts_of, read_json
 from dax.bench.size import checked_size
 from dax.cache.policy import resolve_cache
 from dax.cache.step_plan import flow_sigmas
@@ -21,6 +21,7 @@ from dax.parallel.cost import window_bytes
 from dax.parallel.planner import Ranks, predictions
 from dax.parallel.topology import Topology, topologies
 from dax.plan import DEFAULT_PRESET, Plan, parse_set, plan_layer
+from dax.quant.stored import held_to, stored_layers
 
 FORWARDS_PER_STEP = 2  # guidance runs the model with the prompt and without
 
@@ -51,7 +52,8 @@ def explain(
         raise DaxError("bad_request", f"--gpus {gpus}: name the card to expect something of, as in --hardware h200")
     ranks = Ranks(gpus, min(per_node, gpus), tokens=tokens)
     checkpoint = None if asked.cache.policy == "none" else checkpoint_here(model, facts)
-    found = resolved_plan(asked, facts, machine, strict, ranks, checkpoint)
+    stored = stored_layers(config_here(model), facts)
+    found = resolved_plan(asked, facts, machine, strict, ranks, checkpoint, stored)
     cached = step_cache(found, facts, steps, checkpoint)
     resolved = found.plan
     experts = expert_figures(facts, resolved, steps, cached) if facts.num_experts > 1 else None
@@ -81,7 +83,11 @@ def explain(
         "fallbacks": list(found.fallbacks),
         "step_cache": cached,
         **figures(facts, asdict(pixels), resolved, machine, forwards),
-        "gains": gains(facts, resolved, asdict(pixels), machine, steps, forwards) if machine else [],
+        "gains": [
+            row
+            for row in (gains(facts, resolved, asdict(pixels), machine, steps, forwards) if machine else [])
+            if not (stored and row["key"].startswith("linear."))
+        ],
         "num_ranks": gpus,
         "ranks_per_node": ranks.node,
         "ranks": expected(resolved, facts, machine, ranks, forwards) if gpus > 1 else None,
@@ -192,18 +198,29 @@ def gpu_name() -> str | None:
     return next(iter(answer.stdout.splitlines()), None)
 
 
-def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool, ranks: Ranks, checkpoint: str | None):
-    """The plan Resolved on that card; where no card is named, as asked but for the step cache, which needs none."""
+def resolved_plan(asked: Plan, facts: Facts, machine, strict: bool, ranks: Ranks, checkpoint: str | None, stored: dict):
+    """The plan Resolved on that card; where no card is named, as asked but for what needs none: the step cache, and
+    `stored` linear layers, which have 8 bits already."""
     from dax.resolve import Resolved, check_reuse, kernels_of, resolve
 
     if machine is not None:
-        return resolve(asked, facts, machine, strict, checkpoint=checkpoint, ranks=ranks)
+        return resolve(asked, facts, machine, strict, checkpoint=checkpoint, ranks=ranks, stored=stored)
     check_reuse(asked, facts)
+    linear, said, instead = held_to(asked.linear, facts, stored)
+    asked = asked.model_copy(update={"linear": linear})
     cache, calibration, notes, fallbacks = resolve_cache(
         asked.cache, facts.name, checkpoint, kernels_of(asked), facts.plain
     )
     plan = asked.model_copy(update={"cache": cache})
-    return Resolved(plan, tuple(notes), tuple(fallbacks), calibration=calibration)
+    if strict and instead:
+        raise DaxError("unsupported", f"--strict: {'; '.join(instead)}")
+    return Resolved(plan, (*said, *notes), (*instead, *fallbacks), calibration=calibration)
+
+
+def config_here(model: str | None) -> dict:
+    """The transformer's config of a folder; {} for a name or the embedded model."""
+    path = Path(model or "tiny") / "transformer" / "config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def checkpoint_here(model: str | None, facts: Facts) -> str | None:

@@ -43,10 +43,12 @@ def record(subject: str, device: str, **figures) -> dict:
 def headline(result: dict) -> str:
     """The line above the table."""
     blocks = f", {result['num_blocks']} blocks" if "num_blocks" in result else ""
-    return (
-        f"{result['bench']} of {result['model']}: {result['height']}x{result['width']}x{result['num_frames']} = "
-        f"{result['tokens']} tokens{blocks}, on {result['device']}"
+    video = (
+        f": {result['height']}x{result['width']}x{result['num_frames']} = {result['tokens']} tokens"
+        if "tokens" in result
+        else ""
     )
+    return f"{result['bench']} of {result['model']}{video}{blocks}, on {result['device']}"
 
 
 def table(rows: list[dict], columns: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ from dax.cli import options
 from dax.cli.options import log
 from dax.errors import DaxError, nearest
 
-SUBJECTS = ("start", "attention", "linear", "block", "forward", "cache", "step", "video", "parallel", "claims")
+SUBJECTS = ("start", "load", "attention", "linear", "block", "forward", "cache", "step", "video", "parallel", "claims")
 
 
 def command(
@@ -20,7 +20,8 @@ def command(
     num_frames: options.NumFrames = None,
     tokens: Annotated[int | None, typer.Option(help="attention: this many, whatever the video")] = None,
     layers: Annotated[
-        int | None, typer.Option("--layers", "--num-blocks", help="blocks to build (4 for block, all for forward)")
+        int | None,
+        typer.Option("--layers", "--num-blocks", help="blocks to build (4 for block, all for forward and load)"),
     ] = None,
     rows: Annotated[
         str | None, typer.Option(help="rivals to time, as in eager,fa3,sage; of parallel: ways,auto,link,vae,clip")
@@ -55,6 +56,10 @@ def command(
         from dax.bench.start import COLUMNS, bench
 
         result = bench(model, size, (plan or ["exact"])[0], device, log)
+    elif subject == "load":
+        from dax.bench.load import COLUMNS, bench
+
+        result = bench(model, layers, (plan or [None])[0], device, log)
     elif subject == "attention":
         from dax.bench.attention import COLUMNS, bench
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,20 +69,16 @@ def read_json(path: Path) -> dict:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """{name: Tensor} of a safetensors file, whose header must add up to the file's size and hold no foreign dtype."""
+    """{name: Tensor} of a safetensors file, whose header must add up to the file's size."""
     from safetensors import SafetensorError, safe_open
 
     stat_file(path)
     try:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
-            tensors = {name: Tensor(path, x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+            return {name: Tensor(path, x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
     except (SafetensorError, OSError) as error:
         raise bad(path, f"{sizes(path)}: {str(error).removeprefix('Error while deserializing header: ')}") from None
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise bad(path, f"tensor {name} has dtype {tensor.dtype}; supported: {', '.join(DTYPES)}")
-    return tensors
 
 
 def sizes(path: Path) -> str:
@@ -128,6 +125,15 @@ def read_shards(folder: Path, index: Path) -> tuple[dict[str, Tensor], list[Path
     return tensors, [*(folder / shard for shard in shards), index]
 
 
+def check_dtypes(tensors: dict[str, Tensor], wanted: Mapping[str, str] = {}) -> None:
+    """No foreign dtype; `wanted` {tensor: its dtype} for codes and scales of weights in 8 bits."""
+    for name, tensor in tensors.items():
+        if name in wanted and tensor.dtype != wanted[name]:
+            raise bad(tensor.file, f"tensor {name} has dtype {tensor.dtype}; its config says {wanted[name]}")
+        if name not in wanted and tensor.dtype not in DTYPES:
+            raise bad(tensor.file, f"tensor {name} has dtype {tensor.dtype}; supported: {', '.join(DTYPES)}")
+
+
 def check_shapes(folder: Path, tensors: dict[str, Tensor], expected: dict, may_have: frozenset = frozenset()) -> None:
     """Exactly the expected tensors, in their shapes; `may_have` names are allowed beside them."""
     missing = [name for name in expected if name not in tensors]
@@ -152,7 +158,8 @@ def check_finite(files: list[Path]) -> None:
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
-                if not torch.isfinite(file.get_tensor(name)).all():
+                tensor = file.get_tensor(name)
+                if not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
                     raise bad(path, f"tensor {name} holds an infinity or a NaN")
 
 

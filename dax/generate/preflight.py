@@ -18,6 +18,7 @@ from dax.generate import shapes
 from dax.generate.checkpoint import (
     bad,
     check_digests,
+    check_dtypes,
     check_finite,
     check_shapes,
     read_bytes,
@@ -25,6 +26,8 @@ from dax.generate.checkpoint import (
     read_weights,
     stat_file,
 )
+from dax.quant.scheme import Rule
+from dax.quant.stored import stored_layers, stored_tensors
 
 STEMS = {
     "transformer": "diffusion_pytorch_model",
@@ -41,7 +44,10 @@ EMBEDDING = "encoder.embed_tokens.weight"  # the text encoder's other name for s
 
 @dataclass(frozen=True)
 class Checked:
-    """A folder that may be loaded. `parameters` of all parts; `digest` (sha256, hex) tells a model from another."""
+    """A folder that may be loaded. `parameters` of all parts; `digest` (sha256, hex) tells a model from another.
+
+    `stored` are the linear layers of the transformer, of two experts each, that were saved in 8 bits.
+    """
 
     folder: Path
     facts: Facts
@@ -49,6 +55,7 @@ class Checked:
     parameters: int
     digest: str
     stamps: tuple[tuple[int, int, int], ...]
+    stored: dict[str, Rule]
 
     def unchanged(self) -> None:
         """DaxError("bad_model") if a file was replaced since it was checked."""
@@ -97,8 +104,12 @@ def preflight(folder: Path) -> Checked:
         "text_encoder": shapes.text_encoder_shapes(configs["text_encoder"]),
         "vae": shapes.vae_shapes(configs["vae"]),
     }
+    stored = stored_layers(configs["transformer"], facts)
     if facts.num_experts == 2:
         expected["transformer_2"] = expected["transformer"]
+        if stored_layers(configs["transformer_2"], facts, "transformer_2") != stored:
+            raise bad(folder / "transformer_2" / "config.json", "not quantised as transformer is")
+    scales, dtypes = stored_tensors(stored, expected["transformer"])
     if image:
         configs["image_encoder"] = read_config(folder / "image_encoder" / "config.json")
         expected["image_encoder"] = shapes.image_encoder_shapes(configs["image_encoder"], facts.image_dim, CLIP_TOKENS)
@@ -110,7 +121,10 @@ def preflight(folder: Path) -> Checked:
             tensors.setdefault("shared.weight", tensors[EMBEDDING])
         if part == "image_encoder":
             tensors = {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
-        check_shapes(folder / part, tensors, expected[part], frozenset({EMBEDDING, POSITIONS}))
+        of_transformer = part.startswith("transformer")
+        check_dtypes(tensors, dtypes if of_transformer else {})
+        wanted = expected[part] | (scales if of_transformer else {})
+        check_shapes(folder / part, tensors, wanted, frozenset({EMBEDDING, POSITIONS}))
         files += weights
     files += check_tokenizer(folder / "tokenizer")
     if image:
@@ -124,6 +138,7 @@ def preflight(folder: Path) -> Checked:
         parameters=sum(prod(shape) for part in expected.values() for shape in part.values()),
         digest=digest(folder, files),
         stamps=tuple(map(stamp_of, files)),
+        stored=stored,
     )
 
 

@@ -7,7 +7,7 @@ something else. Rows 1 to 15 of docs/faults.md.
 import math
 from dataclasses import dataclass, fields
 
-from dax.bench.roofline import device_weight_bytes
+from dax.bench.roofline import device_weight_bytes, weight_bytes
 from dax.errors import DaxError
 from dax.facts import Facts
 from dax.plan import Plan
@@ -134,12 +134,14 @@ def check_real(name: str, value, least: float, most: float) -> None:
         raise DaxError("bad_request", f"{name} {value!r} must be a number from {least} to {most}")
 
 
-def experts_bytes(facts: Facts, plan: Plan, itemsize: int) -> int:
+def experts_bytes(facts: Facts, plan: Plan, itemsize: int, stored: bool = False) -> int:
     """The most bytes of transformers' weights on the device: of two experts, the first as loaded, or both as they run.
 
     itemsize   bytes per parameter as loaded
+    stored     whether they are loaded in the plan's 8 bits
     """
-    alone = facts.num_parameters * itemsize
+    codes = weight_bytes(facts) - weight_bytes(facts, eight_bits=stored and plan.linear.scheme != "none")
+    alone = facts.num_parameters * itemsize - codes * (itemsize - 1)
     if facts.num_experts == 1:
         return alone
     eight_bits, idle_on_host = plan.linear.scheme != "none", plan.offload == "experts"

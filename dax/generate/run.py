@@ -31,6 +31,7 @@ from dax.generate.stages import (
 from dax.imports import importing
 from dax.parallel.join import place
 from dax.parallel.launch import run_ranks
+from dax.quant.stored import counted
 
 
 def generate(job: Job, log=lambda text: None) -> dict | None:
@@ -113,6 +114,7 @@ def make(settled: Settled, log):
         "path": str(settled.path),
         "model": job.model or "tiny",
         "model_digest": checked.digest,
+        **({"stored_linear": counted(checked.stored)} if checked.stored else {}),
         "loras": loras,
         "images": [picture.record() for picture in settled.pictures],
         **asdict(request),

@@ -8,7 +8,7 @@ from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.facts_config import named
 from dax.generate import video
-from dax.generate.checkpoint import read_header
+from dax.generate.checkpoint import check_dtypes, read_header
 from dax.generate.image import Picture, read_images, stretched
 from dax.generate.preflight import Checked, locate, preflight
 from dax.generate.ranks import count_of, parallel_plan
@@ -88,7 +88,14 @@ def settle(job: Job) -> Settled:
             f"--lora: {facts.name} has two experts and a file is for one of them: in Python, give each its own with "
             "dax.models.lora.fuse_lora before dax.optimize",
         )
-    asked, _ = Plan.from_layers(plan_layers(job, earlier))
+    if loras and checked.stored:
+        raise DaxError(
+            "bad_request",
+            f"--lora: the linear layers of {checked.folder} were saved in 8 bits: fuse it into the original weights",
+        )
+    asked, given = Plan.from_layers(plan_layers(job, earlier))
+    if asked.linear.active and given["linear.keep_original"] == "default":  # nothing is undone before the job ends
+        asked = asked.model_copy(update={"linear": asked.linear.model_copy(update={"keep_original": "none"})})
     if earlier.get("model_digest", checked.digest) != checked.digest:
         remarks.append(f"the model is not the one of {job.from_clip}: its digest differs")
     if earlier.get("loras") and not loras:
@@ -101,13 +108,13 @@ def settle(job: Job) -> Settled:
     checkpoint = None if asked.cache.policy == "none" else checkpoint_of(checked.folder, facts)
     name = str(dtype).removeprefix("torch.")
     asked, shares = parallel_plan(asked, request, facts, count, job.strict, remarks)
-    resolved = resolve(asked, facts, here, job.strict, name, checkpoint, shares)
+    resolved = resolve(asked, facts, here, job.strict, name, checkpoint, shares, checked.stored)
     parallel = resolved.plan.parallel.model_copy(
         update={"overlap": asked.parallel.overlap}
     )  # `auto` is yet to be timed
     asked = asked.model_copy(update={"parallel": parallel})
     others = checked.parameters - facts.num_experts * facts.num_parameters
-    kept = others * dtype.itemsize + experts_bytes(facts, resolved.plan, dtype.itemsize)
+    kept = others * dtype.itemsize + experts_bytes(facts, resolved.plan, dtype.itemsize, bool(checked.stored))
     if here.device == "cuda" and resolved.plan.compile == "none":
         part = resolved.plan.parallel
         topology, wire_bytes = Topology(part.cfg, part.ulysses, part.rows), 1 if part.wire == "8bit" else 2
@@ -188,7 +195,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
         path, factor = Path(text), 1.0
     if not isfinite(factor):
         raise DaxError("bad_request", f"--lora {text}: the scale must be a finite number")
-    read_header(path)
+    check_dtypes(read_header(path))
     return path, factor
 
 

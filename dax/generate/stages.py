@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from dax.edits import Edits
 from dax.errors import DaxError
@@ -59,7 +60,6 @@ def load(checked: Checked, device: str, dtype, text: bool = True, second_device:
     import_vendor(checked.facts, device)
     import diffusers
     import torch
-    from diffusers import WanTransformer3DModel
 
     local = {"use_safetensors": True, "local_files_only": True}
     without = {} if text else {"text_encoder": None, "tokenizer": None}
@@ -67,9 +67,7 @@ def load(checked: Checked, device: str, dtype, text: bool = True, second_device:
         with quiet():
             places = {"transformer": device, "transformer_2": second_device or device}
             experts = {
-                name: WanTransformer3DModel.from_pretrained(
-                    checked.folder, subfolder=name, dtype=dtype, device_map={"": place}, **local
-                )
+                name: load_transformer(checked.facts, checked.folder, name, place, dtype, bool(checked.stored))
                 for name, place in list(places.items())[: checked.facts.num_experts]
             }
             pipe = getattr(diffusers, checked.facts.pipeline_class).from_pretrained(
@@ -89,6 +87,19 @@ def load(checked: Checked, device: str, dtype, text: bool = True, second_device:
         if isinstance(part, torch.nn.Module) and name not in experts:
             part.to(device)
     return pipe
+
+
+def load_transformer(facts: Facts, folder: Path, name: str, device: str, dtype, stored: bool):
+    """One transformer of a pipeline's folder, each tensor from the mapped file to the device; codes stay codes."""
+    import diffusers
+
+    if stored:
+        from dax.quant import register
+
+        register()
+    return getattr(diffusers, facts.transformer_class).from_pretrained(
+        folder, subfolder=name, dtype=dtype, device_map={"": device}, use_safetensors=True, local_files_only=True
+    )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dax.cache.checkpoint import TENSOR, folder_digest, joint_digest
 from dax.cache.policy import maker
 from dax.cache.step_plan import Setting, flow_sigmas
 from dax.facts import Facts
-from dax.generate.checkpoint import read_weights
+from dax.generate.checkpoint import check_dtypes, read_weights
 from dax.plan import Cache
 
 
@@ -16,6 +16,7 @@ def checkpoint_of(folder: Path, facts: Facts) -> str:
     digests = []
     for part in ("transformer", "transformer_2")[: facts.num_experts]:
         tensors = read_weights(folder / part, "diffusion_pytorch_model")[0]
+        check_dtypes({TENSOR: tensors[TENSOR]})
         digests.append(folder_digest(tensors[TENSOR].file, facts.num_layers))
     return joint_digest(digests)
 

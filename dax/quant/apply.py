@@ -60,7 +60,7 @@ def apply_linear(target, facts, part, edits: Edits, scales: Scales | None = None
     counts: Counter = Counter()
     for transformer, plan, static_scales in zip(target.transformers, plans, input_scales):
         if not all(isinstance(transformer.get_submodule(name), QuantLinear) for name in plan):
-            refuse_saving(transformer, edits)
+            refuse_saving(transformer, edits if keep else Edits())
         counts += replace(transformer, plan, edits, keep, static_scales, device)
     return counts
 
@@ -130,7 +130,7 @@ def replace(
         else:
             edits.seal(GONE)
             module.set_submodule(name, new)
-    refuse(module, "fuse_projections", FUSE_FIRST, edits)
+    refuse(module, "fuse_projections", FUSE_FIRST, edits if keep else Edits())
     return Counter(rule.scheme for rule in plan.values())
 
 

@@ -45,14 +45,15 @@ def save(module: nn.Module, path: "str | Path", source: str) -> None:
 def load(module: nn.Module, path: "str | Path", source: str | None = None) -> int:
     """Give a module the quantised weights of a file, in place; returns how many layers are quantised.
 
-    module   of the same shapes, still in floating point; its weights may be on the meta device
+    module   of the same shapes, still in floating point; the tensors go where it is, to the host from the meta device
     source   if given, the digest the file must say it was made from
     DaxError("bad_model"), with the module as it was, for a file that is none, of another version, model or source.
     """
     from safetensors import SafetensorError, safe_open
 
+    home = str(next((parameter.device for parameter in module.parameters()), "cpu")).replace("meta", "cpu")
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt", device=home) as file:
             header = file.metadata() or {}
             check_header(header, module, path, source)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
