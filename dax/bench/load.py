@@ -157,10 +157,10 @@ def dtype():
 
 
 def arrived(model) -> None:
-    """Wait until every tensor is where it is said to be, mapped pages read."""
+    """Wait until every tensor is where it is said to be; mapped pages are read in the order of the file."""
     import torch
 
-    for tensor in model.state_dict().values():
+    for tensor in sorted(model.state_dict().values(), key=lambda tensor: tensor.data_ptr()):
         if tensor.device.type == "cpu":
             tensor.detach().contiguous().flatten().view(torch.uint8)[::PAGE].sum()
     if torch.cuda.is_initialized():

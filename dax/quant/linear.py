@@ -159,9 +159,9 @@ def check(linear: nn.Linear, name: str = "this linear layer") -> None:
             "bad_request",
             f"{name}: {K} -> {N} features are not multiples of {MULTIPLE}: add the rule {name}: none",
         )
-    amax = linear.weight.detach().abs().amax()
     if linear.weight.is_meta:
         return
+    amax = linear.weight.detach().abs().amax()
     if not amax.isfinite():
         raise DaxError("bad_model", f"{name}: the weight has NaN or infinity in it: the checkpoint is damaged")
     if linear.bias is not None and not linear.bias.detach().isfinite().all():

@@ -24,12 +24,16 @@ def stored_layers(config: Mapping, facts: Facts, part: str = "transformer") -> d
     if not isinstance(found, dict) or found.get("quant_method") != "dax":
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise DaxError("bad_model", f"{where}: quant_method = {method!r}; supported: 'dax', or weights as published")
-    rules, granularity = found.get("rules"), found.get("granularity")
+    rules, granularity = found.get("rules"), found.get("granularity", "token-channel")
     if not isinstance(rules, dict) or not all(isinstance(scheme, str) for scheme in rules.values()):
         raise DaxError("bad_model", f"{where}: rules = {rules!r} must be a mapping of layer to scheme")
+    if odd := found.keys() - {"quant_method", "rules", "granularity"}:
+        raise DaxError("bad_model", f"{where}: unknown key {min(odd)!r}")
+    if not isinstance(granularity, str):
+        raise DaxError("bad_model", f"{where}: granularity = {granularity!r} must be a word")
     try:
         layers = {name: Rule(scheme, granularity) for name, scheme in match(facts.linear_layers(), rules).items()}
-    except (DaxError, TypeError) as error:
+    except DaxError as error:
         raise DaxError("bad_model", f"{where}: {error}") from None
     if not layers:
         raise DaxError("bad_model", f"{where}: its rules name no layer")
