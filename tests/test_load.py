@@ -28,6 +28,7 @@ def test_both_are_written_loaded_and_held_to_what_was_written(here, monkeypatch)
     assert 0.5 < codes["gib"] / plain["gib"] < 0.8  # of two small blocks; embedders stay as they are
     assert plain["quantise_s"] is None and codes["quantise_s"] > 0
     for row in result["rows"]:
+        assert sorted(row["cold_each_s"])[1] == row["cold_s"] and len(row["warm_each_s"]) == 3
         assert row["all_layers_gib"] > row["gib"]
         scale = row["all_layers_gib"] / row["gib"]
         assert row["all_layers_cold_s"] == pytest.approx(scale * row["cold_s"]) and row["warm_s"] > 0
