@@ -163,7 +163,8 @@ def plan_layers(job: Job, earlier: dict) -> list[tuple[str, dict]]:
 def check_model(model: str | None, family: bool = False) -> Checked:
     """The preflight of the folder, the hub's model or the embedded one.
 
-    family   whether any member of the family will do; else one that starts from an image or has two experts is refused
+    family   whether any member of the family will do; else one that starts from an image, has two experts or comes in
+             8 bits is refused
     """
     if model in (None, "tiny"):
         return preflight(FOLDER)
@@ -175,6 +176,12 @@ def check_model(model: str | None, family: bool = False) -> Checked:
             "bad_model",
             f"{model}: {checked.facts.name} takes a control video, which the command line does not: load it as "
             "diffusers' WanVACEPipeline and call dax.optimize on that",
+        )
+    if checked.stored and not family:
+        raise DaxError(
+            "bad_model",
+            f"{model}: its linear layers were saved in 8 bits: dax generate takes it, comparing, tuning and "
+            "calibrating start from the original weights",
         )
     if not (checked.facts.plain or family):
         why = "starts from an image" if checked.facts.num_images else "has two experts"

@@ -13,7 +13,8 @@ from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate.preflight import preflight, verify
 from dax.generate.request import experts_bytes
-from dax.generate.run import Job, check_model, generate
+from dax.generate.run import generate
+from dax.generate.settle import Job, check_model
 from dax.plan import Linear, Plan
 from dax.quant.scheme import Rule, match, rules_of
 from dax.quant.stored import held_to
