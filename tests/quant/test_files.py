@@ -40,6 +40,15 @@ def test_a_quantised_checkpoint_is_bit_exact(saved):
         engine.undo()
 
 
+def test_a_model_without_weights_gets_them_on_the_host(saved):
+    transformer, path, source = saved
+    empty = build_random_pipe().transformer.to("meta")
+    assert quant.load(empty, path, source) == 20
+    assert {parameter.device.type for parameter in empty.parameters()} == {"cpu"}
+    layer, theirs = empty.blocks[0].ffn.net[2], transformer.blocks[0].ffn.net[2]
+    assert torch.equal(layer.weight, theirs.weight) and torch.equal(layer.weight_scale, theirs.weight_scale)
+
+
 @pytest.mark.fault(37)
 def test_a_file_of_another_model_version_or_source_is_refused(saved, tmp_path):
     from safetensors.torch import load_file, save_file
