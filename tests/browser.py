@@ -12,6 +12,7 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
+TRIES = 3
 needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver installed")
 
 
@@ -71,12 +72,24 @@ class Browser:
         self.send("DELETE", f"/session/{self.session}")
 
 
+def started() -> tuple[subprocess.Popen, str]:
+    """(a driver, its port). It looks for a free port and may lose it to somebody else before it listens: then again."""
+    for _ in range(TRIES):
+        driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        said = []
+        for line in driver.stdout:
+            if "successfully on port" in line:
+                return driver, line.rsplit(" ", 1)[1].rstrip(".\n")
+            said.append(line)
+        driver.wait(timeout=20)
+    raise RuntimeError(f"{DRIVER} does not start: {''.join(said)}")
+
+
 @contextmanager
 def browser():
     """A Browser; it and its driver are gone at the end."""
-    driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    driver, port = started()
     try:
-        port = next(line.rsplit(" ", 1)[1].rstrip(".\n") for line in driver.stdout if "successfully on port" in line)
         window = Browser(f"http://127.0.0.1:{port}")
         try:
             yield window
