@@ -58,6 +58,7 @@ def explain(
     resolved = found.plan
     experts = expert_figures(facts, resolved, steps, cached) if facts.num_experts > 1 else None
     forwards = sum(cached["computed"].values()) if cached else FORWARDS_PER_STEP * steps
+    better = gains(facts, resolved, asdict(pixels), machine, steps, forwards) if machine else []
     return {
         "model": facts.name,
         **asdict(pixels),
@@ -83,11 +84,7 @@ def explain(
         "fallbacks": list(found.fallbacks),
         "step_cache": cached,
         **figures(facts, asdict(pixels), resolved, machine, forwards),
-        "gains": [
-            row
-            for row in (gains(facts, resolved, asdict(pixels), machine, steps, forwards) if machine else [])
-            if not (stored and row["key"].startswith("linear."))
-        ],
+        "gains": [row for row in better if not (stored and row["key"].startswith("linear."))],
         "num_ranks": gpus,
         "ranks_per_node": ranks.node,
         "ranks": expected(resolved, facts, machine, ranks, forwards) if gpus > 1 else None,
@@ -157,9 +154,7 @@ def expected(plan: Plan, facts: Facts, machine, ranks: Ranks, forwards: int) -> 
         {
             "topology": str(found.topology),
             "chunks": found.chunks,
-            "window_gib": window_bytes(facts, ranks.tokens, found.topology, wire_bytes) / 2**30
-            if found.window
-            else 0.0,
+            "window_gib": found.window * window_bytes(facts, ranks.tokens, found.topology, wire_bytes) / 2**30,
             "layer_ms": found.layer_ms,
             "exchange_ms": found.exchange_ms,
             "exposed_ms": found.exposed_ms,

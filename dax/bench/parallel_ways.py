@@ -142,9 +142,8 @@ def arranged(job: Job, transformer, parallel: dict | None):
     pipe = pipeline([rivals.twin(transformer)], job.facts)
     pipe._guidance_scale = job.facts.defaults.guidance_scale  # of a run: guidance is on
     overrides = {"linear": {"keep_original": "none"}} | ({} if parallel is None else {"parallel": parallel})
-    return pipe, dax.optimize(
-        pipe, job.plan, tokens=job.facts.tokens(**job.pixels), **overrides
-    )  # nothing is undone, and the twins share their originals
+    tokens = job.facts.tokens(**job.pixels)
+    return pipe, dax.optimize(pipe, job.plan, tokens=tokens, **overrides)  # undone never: twins share their originals
 
 
 def call_of(facts, pixels: dict, model, device: str, branches: int) -> Callable:

@@ -109,10 +109,8 @@ def settle(job: Job) -> Settled:
     name = str(dtype).removeprefix("torch.")
     asked, shares = parallel_plan(asked, request, facts, count, job.strict, remarks)
     resolved = resolve(asked, facts, here, job.strict, name, checkpoint, shares, checked.stored)
-    parallel = resolved.plan.parallel.model_copy(
-        update={"overlap": asked.parallel.overlap}
-    )  # `auto` is yet to be timed
-    asked = asked.model_copy(update={"parallel": parallel})
+    untimed = {"overlap": asked.parallel.overlap}  # optimize() measures where that is `auto`
+    asked = asked.model_copy(update={"parallel": resolved.plan.parallel.model_copy(update=untimed)})
     others = checked.parameters - facts.num_experts * facts.num_parameters
     kept = others * dtype.itemsize + experts_bytes(facts, resolved.plan, dtype.itemsize, bool(checked.stored))
     if here.device == "cuda" and resolved.plan.compile == "none":

@@ -25,9 +25,8 @@ class Way:
     window: object = None
 
     def __str__(self):
-        return (
-            f"{f'in {self.chunks} chunks' if self.chunks > 1 else 'serial'}{' through the window' * bool(self.window)}"
-        )
+        order = f"in {self.chunks} chunks" if self.chunks > 1 else "serial"
+        return order + " through the window" * bool(self.window)
 
 
 def ways_of(chunks: int, auto: bool, window) -> list[Way]:
