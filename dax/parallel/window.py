@@ -1,8 +1,8 @@
 """The exchange of an attention through memory that the ranks of one host see of each other: bytes only, no messages.
 
 A rank writes its tokens where each peer's attention will read them, in the order it wants, and its output where each
-peer's next layer will: nothing is packed, joined or put in place. What lies together goes by the GPUs' copy engines,
-which take no processors, on a stream of its own beside the attention of the chunk before.
+peer's next layer will: nothing is packed, joined or put in place. Copies run on a stream of their own, beside the
+attention of the chunk before where there are chunks.
 
 One place for each operand and for the output is enough. A rank writes a layer's operands after it has left the last
 barrier of the layer before, which a peer enters after its attention has read what was there; it writes a layer's output
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from math import prod
 
 import torch
@@ -23,7 +22,6 @@ from dax.parallel.shared_memory import memory_of, problem, tried
 from dax.parallel.topology import Layout
 
 ALIGN = 256  # bytes: where an operand begins
-RUN = 2**20  # bytes: what lies together for so long is worth a copy of its own, by a copy engine
 OUTPUT = Axes(1, 2)
 
 
@@ -173,14 +171,7 @@ def places(layout: Layout, forms: tuple, axes: tuple[Axes, ...], rank: int, chun
 
 
 def put(into: torch.Tensor, part: torch.Tensor, axis: Axes) -> None:
-    """Copy bit by bit: long runs one by one, which a GPU gives to a copy engine, all else in words at once."""
+    """Copy bit by bit, in one go: words that the GPU's processors write through the link at its full rate."""
     into, part = words(into, axis), words(part, axis)
     word = min(into.dtype, part.dtype, key=lambda dtype: dtype.itemsize)
-    into, part, lead = into.view(word), part.view(word), 0
-    while not (into[(0,) * lead].is_contiguous() and part[(0,) * lead].is_contiguous()):
-        lead += 1
-    if prod(part.shape[lead:]) * word.itemsize < RUN:
-        into.copy_(part)
-        return
-    for index in product(*map(range, part.shape[:lead])):
-        into[index].copy_(part[index])
+    into.view(word).copy_(part.view(word))
