@@ -75,6 +75,8 @@ class Backend:
              stats is a function that waits for both
     prepare  (q, k, v, heads, turn, stats, scale) -> operands, a tuple of tensors; it also takes q through `turn`
     attend   (operands, num_keys, scale) -> o [B, S, h, D]; scale is 1 / sqrt(D) when None, and the same for both
+    attend_into  (operands, num_keys, rooms) -> any of rooms(B, D, dtype), a list of [B, s, h, D], 16-byte aligned: the
+             same written there, the tokens one room after the other; rooms may be memory of other GPUs. None: it can't
     layout   of each operand: (dim of heads, dim of tokens or None, tokens per entry)
     num_query_operands  of the operands, how many belong to queries: the first ones
     token_align  a rank's share of the tokens begins at a multiple of it
@@ -89,6 +91,7 @@ class Backend:
     layout: tuple[tuple[int, int | None, int], ...]
     num_query_operands: int = 1
     token_align: int = 1
+    attend_into: Callable | None = None
     sequence: Any = None
 
 

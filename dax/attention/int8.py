@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 
 from dax.attention.backend import Backend
-from dax.kernels.attention_int8 import ATTENTION_INT8, compute_capability
+from dax.kernels.attention_int8 import ATTENTION_INT8, attention_int8_into, compute_capability, hopper
 from dax.kernels.language import Absent, gl
 from dax.kernels.qk_quantize import K_QUANTIZE, Q_QUANTIZE, TILE
 from dax.kernels.start import compiled_ahead
@@ -35,8 +35,21 @@ def build(name: str, portable: bool) -> Backend:
     def attend(operands, num_keys, scale=None):
         return ATTENTION_INT8(*operands, num_keys, portable)
 
-    prepared = partial(prepare, dtype=value_dtype())
-    return Backend(name, stats, prepared, attend, layout=LAYOUT, num_query_operands=2, token_align=TILE)
+    def attend_into(operands, num_keys, rooms):
+        B, _, _, D = operands[0].shape
+        return attention_int8_into(*operands, num_keys, rooms(B, D, torch.bfloat16))
+
+    on_hopper = torch.cuda.is_available() and hopper(compute_capability(None)) and not portable
+    return Backend(
+        name,
+        stats,
+        partial(prepare, dtype=value_dtype()),
+        attend,
+        layout=LAYOUT,
+        num_query_operands=2,
+        token_align=TILE,
+        attend_into=attend_into if on_hopper else None,
+    )
 
 
 def stats(k, v, heads, turn=None):

@@ -4,6 +4,8 @@ On Hopper the kernel is written in Gluon (`attention_int8_hopper`), elsewhere in
 operands, same result up to rounding. `qk_quantize` and `v_quantize` make the operands.
 """
 
+from functools import lru_cache
+
 import torch
 
 from dax.errors import DaxError
@@ -76,6 +78,35 @@ def launch(
     if hopper(sm) and not portable and v.dtype == torch.float8_e4m3fn:
         return attention_int8_hopper.launch(*operands, num_keys)
     return attention_int8_triton.launch(*operands, num_keys, sm)
+
+
+def attention_int8_into(q, q_scale, k, k_scale, v, v_scale, num_keys: int, rooms: list[torch.Tensor]) -> torch.Tensor:
+    """attention_int8 by Hopper's kernel, its tokens written to one of `rooms` after the other; returns the first.
+
+    rooms   bf16 [B, s, H, D] each, a head's channels and its heads side by side, of memory that this GPU can reach
+    Each row is stored where it belongs while others are computed, over NVLink too: no copy, nothing to wait for.
+    """
+    check(q, q_scale, k, k_scale, v, v_scale, num_keys)
+    operands = [x.contiguous() for x in (q, q_scale, k, k_scale, v, v_scale)]
+    places = tuple((x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), x.stride(1)) for x in rooms)
+    rows = rows_of(places, q.device)
+    if rows.shape != (q.shape[0], q.shape[2]):
+        raise DaxError("bad_request", f"attention_int8_into: rooms for {list(rows.shape)} tokens, q {list(q.shape)}")
+    attention_int8_hopper.launch(*operands, num_keys, rooms[0], rows)
+    return rooms[0]
+
+
+@lru_cache(maxsize=64)  # asked on every layer; a window's rooms stay where they are
+def rows_of(places: tuple, device: torch.device) -> torch.Tensor:
+    """Where each token of [B, S] goes: int64, in units of 16 bytes after the first address.
+
+    places   (address, B, tokens, strides of both in elements of 2 bytes) of each room
+    """
+    found = []
+    for address, B, tokens, of_batch, of_token in places:
+        batch, token = (torch.arange(n, device=device) for n in (B, tokens))
+        found.append(address - places[0][0] + 2 * (batch[:, None] * of_batch + token * of_token))
+    return torch.cat(found, 1) // 16
 
 
 def hopper(sm: int) -> bool:

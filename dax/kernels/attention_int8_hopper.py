@@ -39,7 +39,7 @@ def to_fp8(p):
 
 @gluon.jit
 def attend_rows(
-    q_tile, k_tiles, v_tiles, ones, q_full, k_full, v_full, emptied, tokens, QScale, KScale, VScale, Out,
+    q_tile, k_tiles, v_tiles, ones, q_full, k_full, v_full, emptied, tokens, QScale, KScale, VScale, Out, Rows,
     first, S, H, head, batch, n,
     TURN: gl.constexpr, TURNS: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr,
@@ -94,7 +94,11 @@ def attend_rows(
     channel = gl.arange(0, D, gl.SliceLayout(0, o_layout))
     o = o * (1.0 / gl.convert_layout(gl.max(total, 1), o_rows))[:, None]
     o = o * gl.load(VScale + index * D + channel)[None, :]
-    out = Out + ((batch * S + first + row) * H + head)[:, None] * D + channel[None, :]
+    if Rows is None:
+        at = (batch * S + first + row) * (H * D)
+    else:
+        at = gl.load(Rows + batch * S + first + row, mask=first + row < S, other=0) * 8
+    out = Out + (at + head * D)[:, None] + channel[None, :]
     gl.store(out, o.to(gl.bfloat16), mask=(first + row < S)[:, None])
 
 
@@ -118,7 +122,7 @@ def fetch(
 
 @gluon.jit(do_not_specialize=["S", "H", "num_keys", "num_tiles"])
 def attention_kernel(
-    Q, K, V, QScale, KScale, VScale, Out, S, H, num_keys, num_tiles,
+    Q, K, V, QScale, KScale, VScale, Out, Rows, S, H, num_keys, num_tiles,
     TURNS: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -163,11 +167,12 @@ def attention_kernel(
     gl.warp_specialize(
         [
             (attend_rows, (q_tiles.index(0), k_tiles, v_tiles, ones, q_full, k_full, v_full, emptied, tokens, QScale,
-                           scales, VScale, Out, first, S, H, head, batch, n, 0, TURNS, ROWS, TILE, D, STAGES)),
+                           scales, VScale, Out, Rows, first, S, H, head, batch, n, 0, TURNS, ROWS, TILE, D, STAGES)),
             (attend_rows, (q_tiles.index(1), k_tiles, v_tiles, ones, q_full, k_full, v_full, emptied, tokens, QScale,
-                           scales, VScale, Out, first + ROWS, S, H, head, batch, n, 1, TURNS, ROWS, TILE, D, STAGES)),
+                           scales, VScale, Out, Rows, first + ROWS, S, H, head, batch, n, 1, TURNS, ROWS, TILE, D,
+                           STAGES)),
             (attend_rows, (q_tiles.index(2), k_tiles, v_tiles, ones, q_full, k_full, v_full, emptied, tokens, QScale,
-                           scales, VScale, Out, first + 2 * ROWS, S, H, head, batch, n, 2, TURNS, ROWS, TILE, D,
+                           scales, VScale, Out, Rows, first + 2 * ROWS, S, H, head, batch, n, 2, TURNS, ROWS, TILE, D,
                            STAGES)),
             (fetch, (Q, K, V, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, emptied, q_row, k_row, v_row, n,
                      TURNS, ROWS, TILE, D, STAGES)),
@@ -177,8 +182,8 @@ def attention_kernel(
     )  # fmt: skip
 
 
-def launch(q, q_scale, k, k_scale, v, v_scale, num_keys: int) -> torch.Tensor:
-    """See attention_int8."""
+def launch(q, q_scale, k, k_scale, v, v_scale, num_keys: int, out=None, rows=None) -> torch.Tensor:
+    """See attention_int8. rows [B, S] int64: where each token goes, in units of 16 bytes after out's first."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     def tiles(x, rows: int, dtype):
@@ -188,12 +193,12 @@ def launch(q, q_scale, k, k_scale, v, v_scale, num_keys: int) -> torch.Tensor:
 
     B, H, S, D = q.shape
     T, TILE = k.shape[2:4]
-    out = torch.empty(B, S, H, D, device=q.device, dtype=torch.bfloat16)
+    out = torch.empty(B, S, H, D, device=q.device, dtype=torch.bfloat16) if out is None else out
     with torch.cuda.device_of(q):
         start(
             attention_kernel, (triton.cdiv(S, WARPGROUPS * ROWS), B * H),
             tiles(q, ROWS, gl.int8), tiles(k, TILE, gl.int8), tiles(v, D, gl.float8e4nv), q_scale, k_scale, v_scale,
-            out, S, H, num_keys, T,
+            out, rows, S, H, num_keys, T,
             TURNS=WARPGROUPS, ROWS=ROWS, TILE=TILE, D=D, STAGES=STAGES, REGISTERS=REGISTERS, num_warps=4,
         )  # fmt: skip
     return out

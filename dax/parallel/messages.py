@@ -77,7 +77,7 @@ class Messages:
 
         return arrive
 
-    def give_back(self, layout: Layout, o: torch.Tensor, chunk: int, chunks: int) -> Callable:
+    def give_back(self, layout: Layout, o: torch.Tensor, chunk: int, chunks: int, there: bool = False) -> Callable:
         """Start to exchange a chunk's output; returns a function that waits and writes it into `whole`."""
         return to_tokens(self.wire, layout, o, chunk, chunks)
 

@@ -33,6 +33,7 @@ class OnGpus:
             torch.cuda.empty_cache()  # this comes from the driver: torch gives back what it only keeps
         with torch.inference_mode(False), without_multicast():
             own = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)  # no pool: freed when dropped
+            torch.cuda.synchronize()  # its flags are zeroed in stream order: before a peer sees them, not after
             self.handle = rendezvous(own, wire.group_name)
             others = {r: self.handle.get_buffer(r, (size,), torch.uint8) for r in range(wire.ranks) if r != wire.rank}
         self.peers = [others.get(rank, own) for rank in range(wire.ranks)]

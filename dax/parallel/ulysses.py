@@ -6,6 +6,7 @@ attention backend's record says, and how it travels is `messages.py` or `window.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.compiler import is_compiling
@@ -59,9 +60,13 @@ def shared(backend, sequence, chunks: int = 0, travel=None):
                 operands = prepared_here(backend, operands, exchange.done, scale)
             return backend.attend(operands, exchange.layout.tokens, scale)
 
-        return exchange.attend(run)
+        def into(operands, rooms):
+            return backend.attend_into(operands, exchange.layout.tokens, rooms)
 
-    return replace(backend, stats=stats, prepare=prepare, attend=attend, sequence=sequence)
+        straight = backend.attend_into and travel is backend and exchange.carrier is sequence.window
+        return exchange.attend(run, into if straight else None)
+
+    return replace(backend, stats=stats, prepare=prepare, attend=attend, attend_into=None, sequence=sequence)
 
 
 def prepared_here(backend, operands, turn, scale):
@@ -86,9 +91,10 @@ class Exchange:
     def bring(self, chunk: int) -> Callable:
         return self.carrier.bring(self.layout, self.operands, self.axes, chunk, self.chunks)
 
-    def attend(self, run: Callable) -> torch.Tensor:
+    def attend(self, run: Callable, into: Callable | None = None) -> torch.Tensor:
         """run(operands) of every chunk: this rank's tokens of all heads, [B, s, H, D].
 
+        into   through a window, (operands, rooms): the same, which writes each token to its rank itself
         Of a window it is the window's own memory, which the next attention of these ranks writes over.
         """
         layout, leaving, o = self.layout, [], None
@@ -98,8 +104,13 @@ class Exchange:
             self.arriving = None if last else self.bring(chunk + 1)
             operands = arriving()
             start, end = layout.head_chunk(column, chunk, self.chunks)
-            o = run(operands) if end > start else o[:, :, :0]  # a column with few heads has none in its last chunks
-            leaving.append(self.carrier.give_back(layout, o, chunk, self.chunks))
+            if end == start:  # a column with few heads has none in its last chunks
+                o = o[:, :, :0]
+            elif into is None:
+                o = run(operands)
+            else:
+                o = into(operands, partial(self.carrier.rooms, layout, chunk, self.chunks))
+            leaving.append(self.carrier.give_back(layout, o, chunk, self.chunks, there=into is not None))
         whole = self.carrier.whole(layout, o)
         for arrive in leaving:
             arrive(whole)

@@ -66,30 +66,39 @@ class Window:
 
         return arrive
 
-    def give_back(self, layout: Layout, o: torch.Tensor, chunk: int, chunks: int) -> Callable:
+    def give_back(self, layout: Layout, o: torch.Tensor, chunk: int, chunks: int, there: bool = False) -> Callable:
         """Start to write a chunk's output [B, S of the row, h, D] to the ranks of its tokens; returns a function that
-        waits for all of theirs, in `whole`. The last chunk's barrier is for the operands' memory too."""
-        peers = layout.peers(self.wire.rank)
-        start, end = layout.head_chunk(self.wire.rank % layout.ulysses, chunk, chunks)
-        outputs = self.outputs(layout, o)
-        parts = dict(zip(peers, o.split([layout.token_sizes[peer] for peer in peers], 1)))
+        waits for all of theirs, in `whole`. The last chunk's barrier is for the operands' memory too.
+
+        there   a kernel has written it into `rooms`
+        """
+        peers, parts = layout.peers(self.wire.rank), {}
+        if not there:
+            rooms = self.rooms(layout, chunk, chunks, o.shape[0], o.shape[3], o.dtype)
+            parts = dict(zip(peers, zip(rooms, o.split([room.shape[1] for room in rooms], 1))))
 
         def write(other: int) -> None:
-            if parts[other].numel():
-                put(outputs[other][:, :, start:end], parts[other], OUTPUT)
+            if other in parts and parts[other][1].numel():
+                put(*parts[other], OUTPUT)
 
         arrived = self.written(write, peers, barrier=chunk + 1 == chunks)
         return lambda whole, kept=o: arrived()  # what is read beside the main stream stays until that was waited for
 
+    def rooms(self, layout: Layout, chunk: int, chunks: int, B: int, D: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Where a chunk's output belongs: [B, s, h, D] of each rank of the row, in the order of their tokens."""
+        start, end = layout.head_chunk(self.wire.rank % layout.ulysses, chunk, chunks)
+        outputs = self.outputs(layout, B, D, dtype)
+        return [outputs[peer][:, :, start:end] for peer in layout.peers(self.wire.rank)]
+
     def whole(self, layout: Layout, o: torch.Tensor) -> torch.Tensor:
         """This rank's tokens of all heads, [B, s, H, D], where the others have written them."""
-        return self.outputs(layout, o)[self.wire.rank]
+        return self.outputs(layout, o.shape[0], o.shape[3], o.dtype)[self.wire.rank]
 
-    def outputs(self, layout: Layout, o: torch.Tensor) -> list[torch.Tensor]:
+    def outputs(self, layout: Layout, B: int, D: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """Every rank's `whole`."""
-        shapes = [(o.shape[0], tokens, layout.heads, o.shape[3]) for tokens in layout.token_sizes]
-        memory = self.memory("output", max(map(prod, shapes)) * o.element_size())
-        return [taken(peer, o.dtype, shape) for peer, shape in zip(memory.peers, shapes)]
+        shapes = [(B, tokens, layout.heads, D) for tokens in layout.token_sizes]
+        memory = self.memory("output", max(map(prod, shapes)) * dtype.itemsize)
+        return [taken(peer, dtype, shape) for peer, shape in zip(memory.peers, shapes)]
 
     def written(self, write: Callable, ranks, barrier: bool) -> Callable:
         """write(rank) for every rank, then perhaps a barrier; returns a function that has the main stream wait.

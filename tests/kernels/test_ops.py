@@ -56,6 +56,26 @@ def test_on_a_gpu(name, case):
     assert found["alike"] and found["kernel"] <= 2 * found["reference"] + 1e-6, found
 
 
+@pytest.mark.gpu
+def test_attention_into_rooms_gives_the_same_bits():
+    """Tokens go to one room after the other, each of other strides; nothing beside them is touched."""
+    if not attention.hopper(attention.compute_capability(None)):
+        pytest.skip("needs compute capability 9.0")
+    given = arguments(OPS["attention_int8"], "63 in two batches", "cuda")[:-1]
+    wanted, whole = (
+        OPS["attention_int8"](*given),
+        torch.full((3, 2, 50, 5, 64), 7.0, device="cuda", dtype=torch.bfloat16),
+    )
+    rooms = [whole[0, :, :40, 2:4], whole[1, :, 3:3, :2], whole[2, :, 5:28, 3:]]
+    attention.attention_int8_into(*given, rooms)
+    assert torch.equal(torch.cat(rooms, 1), wanted)
+    for room in rooms:
+        room.fill_(7.0)
+    assert (whole == 7).all()
+    with pytest.raises(DaxError, match="rooms for"):
+        attention.attention_int8_into(*given, rooms[:1])
+
+
 @NEEDS_TRITON
 def test_interpreted(offline):
     """The interpreter cuts bf16 off instead of rounding, which costs up to 2^-8 of the result."""

@@ -86,10 +86,12 @@ def admission(latency_s, exchange_s, attend_s, window=False):
 def in_a_row(kernel, layouts, chunks, late_rank=None, without=None, device="cpu"):
     """Whether attentions through one window are, bit for bit, what they are by messages.
 
+    kernel      "sdpa" or "int8"; with ", straight" it writes each token's output to its rank itself
     layouts     (B, S, H, ulysses, rows) of each: other sizes, other data, one memory
     late_rank   sleeps before it writes, before it attends and before it looks at the output
     without     the kind of barrier that is left out, once memory is there: 0 of operands, 1 of outputs; on CPUs
     """
+    kernel, _, straight = kernel.partition(", ")
     backend, wire = backend_of(kernel), Wire(dist.group.WORLD)
     window, barrier, barriers = Window(wire, device), shared_memory.OnHost.barrier, []
 
@@ -100,6 +102,18 @@ def in_a_row(kernel, layouts, chunks, late_rank=None, without=None, device="cpu"
     def attend(*args):
         late()
         return backend.attend(*args)
+
+    def attend_into(operands, num_keys, rooms):
+        late()
+        if backend.attend_into:
+            return backend.attend_into(operands, num_keys, rooms)
+        o = backend.attend(operands, num_keys)
+        into = rooms(o.shape[0], o.shape[3], o.dtype)
+        for room, part in zip(into, o.split([room.shape[1] for room in into], 1)):
+            room.copy_(part)
+        return into[0]
+
+    late_one = replace(backend, attend=attend, attend_into=attend_into if straight else None)
 
     def counted(memory):
         barriers.append(memory)
@@ -118,7 +132,7 @@ def in_a_row(kernel, layouts, chunks, late_rank=None, without=None, device="cpu"
     with mock.patch.object(shared_memory.OnHost, "barrier", counted if without is not None else barrier):
         for (sequence, share), other in zip(shares, wanted):
             late()
-            found = attend_with(shared(replace(backend, attend=attend), sequence, chunks), *share)
+            found = attend_with(shared(late_one, sequence, chunks), *share)
             late()
             same.append((found == other).all())  # looked at in the end: until then nobody waits
     held = {name: memory.size for name, memory in window.held.items()}
