@@ -77,6 +77,9 @@ class Backend:
     attend   (operands, num_keys, scale) -> o [B, S, h, D]; scale is 1 / sqrt(D) when None, and the same for both
     attend_into  (operands, num_keys, rooms) -> any of rooms(B, D, dtype), a list of [B, s, h, D], 16-byte aligned: the
              same written there, the tokens one room after the other; rooms may be memory of other GPUs. None: it can't
+    forms    (B, s, heads, D) -> (shape, dtype) of every operand of s tokens
+    written  of the operands, those that prepare writes where its argument `rooms` says, {operand: [B, h, ...] each,
+             some heads after the other}, and then returns on the meta device: shape and dtype alone
     layout   of each operand: (dim of heads, dim of tokens or None, tokens per entry)
     num_query_operands  of the operands, how many belong to queries: the first ones
     token_align  a rank's share of the tokens begins at a multiple of it
@@ -92,6 +95,8 @@ class Backend:
     num_query_operands: int = 1
     token_align: int = 1
     attend_into: Callable | None = None
+    forms: Callable | None = None
+    written: tuple[int, ...] = ()
     sequence: Any = None
 
 

@@ -12,12 +12,13 @@ import torch
 from dax.attention.backend import Backend
 from dax.kernels.attention_int8 import ATTENTION_INT8, attention_int8_into, compute_capability, hopper
 from dax.kernels.language import Absent, gl
-from dax.kernels.qk_quantize import K_QUANTIZE, Q_QUANTIZE, TILE
+from dax.kernels.qk_quantize import K_QUANTIZE, Q_QUANTIZE, TILE, k_quantize_into, num_tiles, q_quantize_into
 from dax.kernels.start import compiled_ahead
 from dax.kernels.token_stats import TOKEN_AMAX, TOKEN_MEANS
-from dax.kernels.v_quantize import V_QUANTIZE
+from dax.kernels.v_quantize import V_QUANTIZE, v_quantize_into
 
 LAYOUT = ((1, 2, 1), (1, 2, 1), (1, 2, TILE), (1, 2, TILE), (1, 2, TILE), (1, None, 1))
+CODES = (0, 2, 4)  # of the operands; between them, their scales
 MOST_ERROR = 0.06  # relative L2 of the self-check, against SDPA in fp32; 0.03 is usual
 MOST_DRIFT = 0.005  # of O from 1 where V is 1
 
@@ -49,6 +50,21 @@ def build(name: str, portable: bool) -> Backend:
         num_query_operands=2,
         token_align=TILE,
         attend_into=attend_into if on_hopper else None,
+        forms=partial(forms, dtype=value_dtype()),
+        written=CODES,
+    )
+
+
+def forms(B, s, heads, D, dtype=torch.float8_e4m3fn):
+    """(shape, dtype) of what `prepare` makes of s tokens."""
+    T = num_tiles(s)
+    return (
+        ((B, heads, s, D), torch.int8),
+        ((B, heads, s), torch.float32),
+        ((B, heads, T, TILE, D), torch.int8),
+        ((B, heads, T), torch.float32),
+        ((B, heads, T, D, TILE), dtype),
+        ((B, heads, D), torch.float32),
     )
 
 
@@ -57,17 +73,26 @@ def stats(k, v, heads, turn=None):
     return TOKEN_MEANS(k.unflatten(2, (heads, -1))), TOKEN_AMAX(v.unflatten(2, (heads, -1)))
 
 
-def prepare(q, k, v, heads, turn, stats, scale=None, dtype=torch.float8_e4m3fn):
+def prepare(q, k, v, heads, turn, stats, scale=None, dtype=torch.float8_e4m3fn, rooms=None):
     """[B, s, C] each -> q, q scales, k, k scales, v, v scales, as attention_int8 takes them.
 
     The keys are shifted by the mean of the means, which need not be exact: any shift gives the same attention.
     The queries need no stats: where these come from other ranks, that hides their way.
+    rooms   where the codes are written, and not returned: see Backend.written
     """
     k, v = k.unflatten(2, (heads, -1)), v.unflatten(2, (heads, -1))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    q = Q_QUANTIZE(q, heads, scale, turn.q_weight, turn.cos, turn.sin, turn.eps)
+    turned = q, heads, scale, turn.q_weight, turn.cos, turn.sin, turn.eps
+    if rooms is None:
+        q = Q_QUANTIZE(*turned)
+        means, amax = stats() if callable(stats) else stats
+        return *q, *K_QUANTIZE(k, means.mean(1)), *V_QUANTIZE(v, amax, dtype)
+    q_scale = q_quantize_into(*turned, rooms[0])
     means, amax = stats() if callable(stats) else stats
-    return *q, *K_QUANTIZE(k, means.mean(1)), *V_QUANTIZE(v, amax, dtype)
+    k_scale, v_scale = k_quantize_into(k, means.mean(1), rooms[2]), v_quantize_into(v, amax, rooms[4])
+    shapes = forms(k.shape[0], k.shape[1], heads, k.shape[3], dtype)
+    q, k, v = (torch.empty(shape, dtype=kind, device="meta") for shape, kind in (shapes[i] for i in CODES))
+    return q, q_scale, k, k_scale, v, v_scale
 
 
 def value_dtype() -> torch.dtype:

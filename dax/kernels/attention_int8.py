@@ -4,8 +4,6 @@ On Hopper the kernel is written in Gluon (`attention_int8_hopper`), elsewhere in
 operands, same result up to rounding. `qk_quantize` and `v_quantize` make the operands.
 """
 
-from functools import lru_cache
-
 import torch
 
 from dax.errors import DaxError
@@ -13,6 +11,7 @@ from dax.kernels import attention_int8_hopper, attention_int8_triton
 from dax.kernels.language import Absent, gl
 from dax.kernels.op import Cost, define
 from dax.kernels.qk_quantize import k_quantize_reference, q_quantize_reference
+from dax.kernels.rooms import addresses
 from dax.kernels.v_quantize import ORDER, v_quantize_reference
 
 ROWS_ON_CPU = 1024  # queries whose scores the reference holds at a time
@@ -88,25 +87,11 @@ def attention_int8_into(q, q_scale, k, k_scale, v, v_scale, num_keys: int, rooms
     """
     check(q, q_scale, k, k_scale, v, v_scale, num_keys)
     operands = [x.contiguous() for x in (q, q_scale, k, k_scale, v, v_scale)]
-    places = tuple((x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), x.stride(1)) for x in rooms)
-    rows = rows_of(places, q.device)
+    rows = addresses(rooms, 1)
     if rows.shape != (q.shape[0], q.shape[2]):
         raise DaxError("bad_request", f"attention_int8_into: rooms for {list(rows.shape)} tokens, q {list(q.shape)}")
     attention_int8_hopper.launch(*operands, num_keys, rooms[0], rows)
     return rooms[0]
-
-
-@lru_cache(maxsize=64)  # asked on every layer; a window's rooms stay where they are
-def rows_of(places: tuple, device: torch.device) -> torch.Tensor:
-    """Where each token of [B, S] goes: int64, in units of 16 bytes after the first address.
-
-    places   (address, B, tokens, strides of both in elements of 2 bytes) of each room
-    """
-    found = []
-    for address, B, tokens, of_batch, of_token in places:
-        batch, token = (torch.arange(n, device=device) for n in (B, tokens))
-        found.append(address - places[0][0] + 2 * (batch[:, None] * of_batch + token * of_token))
-    return torch.cat(found, 1) // 16
 
 
 def hopper(sm: int) -> bool:

@@ -11,6 +11,7 @@ from dax.kernels.hadamard import mixed, transformed
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
 from dax.kernels.qk_norm_rope import qk_norm_rope_reference, rotary_table, rows_of, table_of
+from dax.kernels.rooms import addresses, fill
 from dax.kernels.start import start
 
 TILE = 128  # keys that share a scale, and what attention takes at a time
@@ -97,7 +98,7 @@ def pairs(X, at):
 
 @triton.jit(do_not_specialize=["S"])
 def q_quantize_kernel(
-    Q, Weight, Cos, Sin, Codes, Scales, S, stride_b, stride_s, eps, fold,
+    Q, Weight, Cos, Sin, Codes, Heads, Scales, S, stride_b, stride_s, eps, fold,
     C: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     """Everything in pairs of columns. The first level of the transform takes a pair to its sum and its difference, so
@@ -137,9 +138,10 @@ def q_quantize_kernel(
         reach = larger(largest(u[0], u[1], u[2], u[3]), largest(v[0], v[1], v[2], v[3]))
         reach = tl.reduce(reach.reshape(ROWS, HEADS, WIDTH), 2, larger)
         step = larger(reach / 127, 1e-20 + reach * 0.0)
-        where = (batch * (C // D) + j * HEADS + tl.arange(0, HEADS)[None, :]) * S + token
-        tl.store(Scales + where, step * inverse * fold)
-        where = where[:, :, None] * (D // 2) + tl.arange(0, WIDTH)[None, None, :]
+        head = batch * (C // D) + j * HEADS + tl.arange(0, HEADS)[None, :]
+        tl.store(Scales + head * S + token, step * inverse * fold)
+        begin = head * S * (D // 2) if Heads is None else tl.load(Heads + head) * 8
+        where = (begin + token * (D // 2))[:, :, None] + tl.arange(0, WIDTH)[None, None, :]
         for i in tl.static_range(4):
             low = rounded(u[i].reshape(ROWS, HEADS, WIDTH) * (1.0 / step)[:, :, None])
             high = rounded(v[i].reshape(ROWS, HEADS, WIDTH) * (1.0 / step)[:, :, None])
@@ -148,7 +150,7 @@ def q_quantize_kernel(
 
 @triton.jit(do_not_specialize=["S"])
 def k_quantize_kernel(
-    K, Mean, Codes, Steps, S, stride_b, stride_s, stride_h,
+    K, Mean, Codes, Heads, Steps, S, stride_b, stride_s, stride_h,
     D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = D // 4
@@ -156,17 +158,18 @@ def k_quantize_kernel(
     token = tl.minimum(tile * TILE + tl.arange(0, TILE), S - 1).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     at = K + batch * stride_b + head * stride_h + token[:, None] * stride_s + columns[None, :]
-    mean = Mean + (batch * tl.num_programs(0) + head) * D + columns
+    index = batch * tl.num_programs(0) + head
+    mean = Mean + index * D + columns
     y = ()
     for i in tl.static_range(4):
         y = y + (tl.load(at + i * WIDTH).to(tl.float32) - tl.load(mean + i * WIDTH)[None, :],)
     y = mixed(y[0], y[1], y[2], y[3], WIDTH, 0)
     reach = tl.reduce(tl.reduce(largest(y[0], y[1], y[2], y[3]), 1, larger), 0, larger)
     step = larger(reach / 127, 1e-20 + reach * 0.0)
-    where = (batch * tl.num_programs(0) + head) * tl.num_programs(1) + tile
-    tl.store(Steps + where, step * 0.17677669529663687)  # 32^-0.5
+    tl.store(Steps + index * tl.num_programs(1) + tile, step * 0.17677669529663687)  # 32^-0.5
     inverse = 1.0 / step
-    out = Codes + where * TILE * D + tl.arange(0, TILE)[:, None] * D + columns[None, :]
+    begin = index * tl.num_programs(1) * TILE * D if Heads is None else tl.load(Heads + index) * 16
+    out = Codes + begin + tile * TILE * D + tl.arange(0, TILE)[:, None] * D + columns[None, :]
     for i in tl.static_range(4):
         tl.store(out + i * WIDTH, rounded(y[i] * inverse).to(tl.int8))
 
@@ -193,35 +196,66 @@ def launch_q_quantize(
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, S, C = q.shape
+    quantized = torch.empty(B, heads, S, C // heads, device=q.device, dtype=torch.int8)
+    return quantized, start_q_quantize(q, heads, scale, weight, cos, sin, eps, quantized)
+
+
+def q_quantize_into(q, heads: int, scale: float, weight, cos, sin, eps: float, rooms: list) -> torch.Tensor:
+    """q_quantize with its codes written to `rooms`, [B, h, s, D] int8 each, some heads after the other.
+
+    returns  the scales [B, H, s] fp32
+    """
+    if q.is_cuda:
+        return start_q_quantize(q, heads, scale, weight, cos, sin, eps, rooms[0], addresses(rooms, 1))
+    quantized, scales = Q_QUANTIZE(q, heads, scale, weight, cos, sin, eps)
+    fill(rooms, quantized, 1)
+    return scales
+
+
+def start_q_quantize(q, heads, scale, weight, cos, sin, eps, out, places=None) -> torch.Tensor:
+    B, S, C = q.shape
     D = C // heads
     q, cos, sin = words_of(q), table_of(cos), table_of(sin)
     weight = None if weight is None else words_of(weight)
-    quantized = torch.empty(B, heads, S, D, device=q.device, dtype=torch.int8)
     scales = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
     chunk = chunk_of(C, D)
     rows = max(1, BLOCK // chunk)
     with torch.cuda.device_of(q):
         start(
-            q_quantize_kernel, (triton.cdiv(S, rows), B), q, weight, cos, sin, quantized, scales, S,
+            q_quantize_kernel, (triton.cdiv(S, rows), B), q, weight, cos, sin, out, places, scales, S,
             q.stride(0), q.stride(1), eps, scale * LOG2_E * 32**-0.5,
             C=C, D=D, CHUNK=chunk, ROWS=rows, NORM=weight is not None, ROPE=cos is not None,
             num_warps=Q_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    return quantized, scales
+    return scales
 
 
 def launch_k_quantize(k: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     B, S, H, D = k.shape
+    quantized = torch.empty(B, H, num_tiles(S), TILE, D, device=k.device, dtype=torch.int8)
+    return quantized, start_k_quantize(k, mean, quantized)
+
+
+def k_quantize_into(k, mean, rooms: list) -> torch.Tensor:
+    """k_quantize with its codes written to `rooms`, [B, h, T, 128, D] int8 each; returns the scales [B, H, T] fp32."""
+    if k.is_cuda:
+        return start_k_quantize(k, mean, rooms[0], addresses(rooms, 1))
+    quantized, steps = K_QUANTIZE(k, mean)
+    fill(rooms, quantized, 1)
+    return steps
+
+
+def start_k_quantize(k, mean, out, places=None) -> torch.Tensor:
+    B, S, H, D = k.shape
     T = num_tiles(S)
     k, mean = rows_of(k), mean.contiguous()
-    quantized = torch.empty(B, H, T, TILE, D, device=k.device, dtype=torch.int8)
     steps = torch.empty(B, H, T, device=k.device, dtype=torch.float32)
     with torch.cuda.device_of(k):
         start(
-            k_quantize_kernel, (H, T, B), k, mean, quantized, steps, S, k.stride(0), k.stride(1), k.stride(2),
+            k_quantize_kernel, (H, T, B), k, mean, out, places, steps, S, k.stride(0), k.stride(1), k.stride(2),
             D=D, TILE=TILE, num_warps=K_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    return quantized, steps
+    return steps
 
 
 def q_case(B, s, H, D, *, fused=False, turn=True, dtype=torch.bfloat16, loud=1.0, odd=0):

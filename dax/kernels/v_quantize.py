@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
+from dax.kernels.rooms import UNIT, addresses, fill
 from dax.kernels.start import start
 
 TILE = 128
@@ -37,7 +38,10 @@ def v_quantize_reference(v: torch.Tensor, amax: torch.Tensor, dtype: torch.dtype
 
 
 @triton.jit(do_not_specialize=["S"])
-def v_quantize_kernel(V, Scale, Out, S, stride_b, stride_s, stride_h, D: tl.constexpr, TILE: tl.constexpr):
+def v_quantize_kernel(
+    V, Scale, Out, Heads, S, stride_b, stride_s, stride_h,
+    D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
     head, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     place = tl.arange(0, TILE)
     token = tile * TILE + place // 16 * 16 + ((place & 1) | ((place & 2) << 2) | ((place & 12) >> 1))  # ORDER
@@ -47,22 +51,37 @@ def v_quantize_kernel(V, Scale, Out, S, stride_b, stride_s, stride_h, D: tl.cons
     index = batch * tl.num_programs(0) + head
     v = v * (1.0 / tl.load(Scale + index * D + column))[None, :]
     v = tl.minimum(tl.maximum(v, -448.0), 448.0).to(Out.dtype.element_ty)
-    out = Out + (index * tl.num_programs(1) + tile) * TILE * D + column[:, None] * TILE + place[None, :]
+    # a head begins at a multiple of 16 bytes
+    begin = index * tl.num_programs(1) * TILE * D if Heads is None else tl.load(Heads + index) * UNIT
+    out = Out + begin + tile * TILE * D + column[:, None] * TILE + place[None, :]
     tl.store(out, tl.trans(v))
 
 
 def launch(v: torch.Tensor, amax: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     B, S, H, D = v.shape
+    out = torch.empty(B, H, -(-S // TILE), D, TILE, device=v.device, dtype=dtype)
+    return out, start_v_quantize(v, amax, out)
+
+
+def v_quantize_into(v, amax, rooms: list) -> torch.Tensor:
+    """v_quantize with its codes written to `rooms`, [B, h, T, D, 128] of its dtype each; returns the scales."""
+    if v.is_cuda:
+        return start_v_quantize(v, amax, rooms[0], addresses(rooms, 1))
+    quantized, scale = V_QUANTIZE(v, amax, rooms[0].dtype)
+    fill(rooms, quantized, 1)
+    return scale
+
+
+def start_v_quantize(v, amax, out, places=None) -> torch.Tensor:
+    B, S, H, D = v.shape
     v = v if v.stride(-1) == 1 else v.contiguous()
-    T = -(-S // TILE)
-    scale = (amax / LARGEST[dtype]).clamp_min(SMALLEST)
-    out = torch.empty(B, H, T, D, TILE, device=v.device, dtype=dtype)
+    scale = (amax / LARGEST[out.dtype]).clamp_min(SMALLEST)
     with torch.cuda.device_of(v):
         start(
-            v_quantize_kernel, (H, T, B), v, scale, out, S, v.stride(0), v.stride(1), v.stride(2),
-            D=D, TILE=TILE, num_warps=NUM_WARPS,
+            v_quantize_kernel, (H, -(-S // TILE), B), v, scale, out, places, S, v.stride(0), v.stride(1), v.stride(2),
+            D=D, TILE=TILE, UNIT=UNIT // out.element_size(), num_warps=NUM_WARPS,
         )  # fmt: skip
-    return out, scale
+    return scale
 
 
 def restored(outputs) -> torch.Tensor:

@@ -49,9 +49,12 @@ def shared(backend, sequence, chunks: int = 0, travel=None):
         return joined
 
     def prepare(q, k, v, heads, turn, stats, scale=None):
-        operands = travel.prepare(q, k, v, heads, turn, stats, scale)
-        direct = sequence.window is not None and not is_compiling()
-        carrier = sequence.window if direct else Messages(wire)
+        window, layout = None if is_compiling() else sequence.window, sequence.layout
+        carrier, there = window or Messages(wire), {}
+        if window and travel.written and layout.rows == 1:  # a head goes to one rank: it is made where it goes
+            forms = travel.forms(q.shape[0], q.shape[1], heads, q.shape[2] // heads)
+            there = {"rooms": window.rooms_of(travel.written, layout, forms, axes, chunks)}
+        operands = travel.prepare(q, k, v, heads, turn, stats, scale, **there)
         return Exchange(carrier, sequence.layout, operands, axes, chunks, done=type(turn)())
 
     def attend(exchange, num_keys, scale=None):
@@ -66,7 +69,9 @@ def shared(backend, sequence, chunks: int = 0, travel=None):
         straight = backend.attend_into and travel is backend and exchange.carrier is sequence.window
         return exchange.attend(run, into if straight else None)
 
-    return replace(backend, stats=stats, prepare=prepare, attend=attend, attend_into=None, sequence=sequence)
+    return replace(
+        backend, stats=stats, prepare=prepare, attend=attend, attend_into=None, written=(), sequence=sequence
+    )
 
 
 def prepared_here(backend, operands, turn, scale):

@@ -38,19 +38,18 @@ class Window:
         self.stream = torch.cuda.Stream(priority=-1) if device == "cuda" else None
 
     def bring(self, layout: Layout, operands: tuple, axes: list[Axes], chunk: int, chunks: int) -> Callable:
-        """Start to write a head chunk of every operand to all; returns a function that waits and gives what came."""
+        """Start to write a head chunk of every operand to all; returns a function that waits and gives what came.
+
+        What is on the meta device has been written into `rooms_of` it.
+        """
         rank = self.wire.rank
-        forms = tuple((tuple(x.shape), x.element_size()) for x in operands)
-        rooms = [places(layout, forms, tuple(axes), other, chunks) for other in range(layout.ranks)]
-        memory = self.memory("operands", max(end for _, end in rooms))
+        memory, laid = self.laid(layout, [(x.shape, x.dtype) for x in operands], axes, chunks)
 
         def write(other: int) -> None:
             start, end = layout.head_chunk(other % layout.ulysses, chunk, chunks)
-            for x, axis, place in zip(operands, axes, rooms[other][0][chunk]):
-                if place and end > start and place.counts[rank]:
-                    into = taken(memory.peers[other][place.offset :], x.dtype, place.shape)
-                    into = into.narrow(axis.tokens, sum(place.counts[:rank]), place.counts[rank])
-                    put(into, x.narrow(axis.heads, start, end - start), axis)
+            for x, axis, place in zip(operands, axes, laid[other][chunk]):
+                if place and end > start and place.counts[rank] and not x.is_meta:
+                    put(self.room(memory, other, place, x.dtype, axis), x.narrow(axis.heads, start, end - start), axis)
 
         arrived = self.written(write, range(layout.ranks), barrier=True)
         start, end = layout.head_chunk(rank % layout.ulysses, chunk, chunks)
@@ -61,10 +60,33 @@ class Window:
                 taken(memory.peers[rank][place.offset :], x.dtype, place.shape)
                 if place
                 else x.narrow(axis.heads, start, end - start)
-                for x, axis, place in zip(operands, axes, rooms[rank][0][chunk])
+                for x, axis, place in zip(operands, axes, laid[rank][chunk])
             )
 
         return arrive
+
+    def rooms_of(self, which: tuple, layout: Layout, forms: tuple, axes: list[Axes], chunks: int) -> dict:
+        """Where this rank's tokens of some operands belong: for each a list of [B, h, ...], all heads in their order.
+
+        which   the operands;  forms   (shape, dtype) of every operand.  For one row of ranks
+        """
+        memory, laid = self.laid(layout, forms, axes, chunks)
+        parts = [(other, chunk) for other in range(layout.ranks) for chunk in range(chunks)]
+        return {
+            i: [self.room(memory, other, laid[other][chunk][i], forms[i][1], axes[i]) for other, chunk in parts]
+            for i in which
+        }
+
+    def laid(self, layout: Layout, forms, axes: list[Axes], chunks: int) -> tuple:
+        """(the memory that holds every rank's operands, the places of each rank in it, chunk by chunk)"""
+        sizes = tuple((tuple(shape), dtype.itemsize) for shape, dtype in forms)
+        found = [places(layout, sizes, tuple(axes), rank, chunks) for rank in range(layout.ranks)]
+        return self.memory("operands", max(end for _, end in found)), [of_rank for of_rank, _ in found]
+
+    def room(self, memory, other: int, place, dtype: torch.dtype, axis: Axes) -> torch.Tensor:
+        """Where this rank's tokens of an operand belong in the memory of `other`."""
+        rank, whole = self.wire.rank, taken(memory.peers[other][place.offset :], dtype, place.shape)
+        return whole.narrow(axis.tokens, sum(place.counts[:rank]), place.counts[rank])
 
     def give_back(self, layout: Layout, o: torch.Tensor, chunk: int, chunks: int, there: bool = False) -> Callable:
         """Start to write a chunk's output [B, S of the row, h, D] to the ranks of its tokens; returns a function that

@@ -41,7 +41,6 @@ def arguments(op, case, device="cpu"):
 def compile_all() -> None:
     from triton.backends.nvidia.compiler import get_ptxas
 
-    from dax.kernels.attention_int8 import attention_int8_into
     from dax.kernels.start import compiled_ahead
 
     pretend_hopper()
@@ -54,8 +53,7 @@ def compile_all() -> None:
                 with compiled_ahead() as kernels:
                     given = on_meta(arguments(op, case))
                     op.launch(*given)
-                    if name == "attention_int8" and not given[-1]:
-                        attention_int8_into(*given[:-1], [op.reference(*given)])
+                    into_rooms(name, op, given)
             except Exception as error:
                 said = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
                 print(json.dumps({"op": name, "case": case, "failed": said}), flush=True)
@@ -68,6 +66,24 @@ def compile_all() -> None:
                     serial = re.findall(r".*C75(?:10|12|15).*", said)
                     print(json.dumps({"op": name, "case": case, "kernel": kernel.name, "spilled": spilled,
                                       "serialized": serial, "assembled": "Used" in said}), flush=True)  # fmt: skip
+
+
+def into_rooms(name, op, given) -> None:
+    """The same kernel as it writes to several places, if it can."""
+    from dax.kernels import attention_int8, qk_quantize, v_quantize
+    from dax.kernels.rooms import addresses
+
+    if name == "attention_int8" and not given[-1]:
+        attention_int8.attention_int8_into(*given[:-1], [op.reference(*given)])
+    start = {
+        "q_quantize": qk_quantize.start_q_quantize,
+        "k_quantize": qk_quantize.start_k_quantize,
+        "v_quantize": v_quantize.start_v_quantize,
+    }.get(name)
+    if start:
+        rooms = [op.reference(*given)[0]]
+        eps = (1e-6,) if name == "q_quantize" else ()
+        start(*given[: 2 if name == "v_quantize" else None], *eps, rooms[0], addresses(rooms, 1))
 
 
 def compile_for_tokens() -> None:
