@@ -262,7 +262,8 @@ def subclassed(layer):
     ("device", "change", "options", "in_product"),
     [
         ("cuda", as_built, {}, True),
-        ("cuda", as_built, {"dtype": torch.float32}, True),
+        ("cuda", as_built, {"dtype": torch.float16}, True),
+        ("cuda", as_built, {"dtype": torch.float32}, False),
         ("cpu", as_built, {}, False),
         ("cuda", as_built, {"approximate": "none"}, False),
         ("cuda", as_built, {"bias": False}, False),
