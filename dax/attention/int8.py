@@ -10,7 +10,8 @@ from functools import cache, partial
 import torch
 
 from dax.attention.backend import Backend
-from dax.kernels.attention_int8 import ATTENTION_INT8, compute_capability
+from dax.kernels.attention_int8 import ATTENTION_INT8
+from dax.kernels.hopper import compute_capability
 from dax.kernels.language import Absent, gl
 from dax.kernels.qk_quantize import K_QUANTIZE, Q_QUANTIZE, TILE
 from dax.kernels.start import compiled_ahead

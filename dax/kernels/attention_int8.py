@@ -8,7 +8,7 @@ import torch
 
 from dax.errors import DaxError
 from dax.kernels import attention_int8_hopper, attention_int8_triton
-from dax.kernels.language import Absent, gl
+from dax.kernels.hopper import compute_capability, hopper
 from dax.kernels.op import Cost, define
 from dax.kernels.qk_quantize import k_quantize_reference, q_quantize_reference
 from dax.kernels.v_quantize import ORDER, v_quantize_reference
@@ -76,16 +76,6 @@ def launch(
     if hopper(sm) and not portable and v.dtype == torch.float8_e4m3fn:
         return attention_int8_hopper.launch(*operands, num_keys)
     return attention_int8_triton.launch(*operands, num_keys, sm)
-
-
-def hopper(sm: int) -> bool:
-    """Whether the kernel for Hopper runs: its instructions exist on compute capability 9.0 alone."""
-    return sm == 90 and gl is not Absent
-
-
-def compute_capability(device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def check(q, q_scale, k, k_scale, v, v_scale, num_keys) -> None:
