@@ -31,7 +31,7 @@ class Part(BaseModel):
 
 
 class Attention(Part):
-    kernel: Literal["auto", "sdpa", "cudnn", "flash", "sage", "int8"] = "auto"
+    kernel: Literal["auto", "sdpa", "cudnn", "flash", "bf16", "sage", "int8"] = "auto"
 
 
 class Linear(Part):

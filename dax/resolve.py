@@ -98,7 +98,9 @@ def resolve_attention(kernel: str, machine: Machine, dtype: str, head_dim: int) 
     """(the kernel that runs there, notes, fallbacks)."""
     best = attention.choose(machine, dtype, head_dim)
     if kernel == "auto":
-        return best, [f"attention.kernel: auto is {best} on {machine.name} in {dtype}"], []
+        said = f"attention.kernel: auto is {best} on {machine.name} in {dtype}"
+        failed = attention.passed_over(best, machine, dtype, head_dim)
+        return best, [f"{said}; bf16 {failed}" if failed else said], []
     if problem := attention.reason(kernel, machine, dtype, head_dim):
         return best, [], [f"attention.kernel = {kernel}: {problem}; {best} instead"]
     remark = attention.lesser(kernel, machine)

@@ -1,6 +1,7 @@
 """Every kernel against one float64 reference; the table of what runs where; the Wan processor against the vendor's."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,13 +9,24 @@ import pytest
 import torch
 
 import dax
-from dax.attention import attend, available, backend, choose, dense, kernel_for_cross, reason
+from dax.attention import attend, available, backend, choose, dense, kernel_for_cross, reason, self_check
+from dax.attention.self_check import Verdict
 from dax.errors import DaxError
+from dax.facts import FACTS
 from dax.hardware import MACHINES, Machine, machine
 from dax.models import wan, wan_guard
+from dax.optimize import resolve
+from dax.plan import Plan
 
 H200 = replace(MACHINES["h200"], packages={})
+WITH_TRITON = replace(H200, packages={"triton": "3.6.0"})
 CPU = Machine("cpu", "some CPU", packages={})
+
+
+@pytest.fixture
+def sound(monkeypatch):
+    """DAX's own kernels pass their self-check on machines that are not there."""
+    monkeypatch.setattr(backend, "self_check", lambda kernel: Verdict())
 
 
 def attention_reference(q, k, v, scale=None):
@@ -57,16 +69,44 @@ def test_attend_on_a_gpu(kernel, S, T):
     assert relative(attend(q, k, v, kernel=kernel), wanted) < limit
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("B", "S", "T", "D", "size"),
+    [
+        (1, 1, 1, 128, 1.5),
+        (2, 63, 257, 64, 1.5),
+        (1, 4097, 129, 128, 1.5),
+        (2, 1000, 1361, 128, 1.5),
+        (1, 300, 300, 128, 0.0),
+        (1, 300, 1000, 64, 100.0),
+    ],
+)
+def test_16_bit_attention_of_our_own_is_as_good_as_sdpa(B, S, T, D, size):
+    """Constant tensors and large ones too; no number of another batch or head is read."""
+    if reason("bf16", machine()):
+        pytest.skip(reason("bf16", machine()))
+    q, k, v = (x * size / 1.5 for x in operands(B, S, T, 3, D, torch.bfloat16, "cuda"))
+    v = v if size else v + 1
+    wanted = attention_reference(q, k, v)
+    limit = 1.1 * relative(dense.sdpa(q, k, v), wanted) + 1e-4
+    assert relative(attend(q, k, v, kernel="bf16"), wanted) <= limit
+    if B > 1:
+        k[1, 0], v[1, 0] = float("nan"), float("nan")
+        out = attend(q, k, v, kernel="bf16")
+        assert relative(out[:1], wanted[:1]) <= limit and out[1].isnan().all()
+
+
 def test_what_runs_here_is_told():
     told = dax.attention.available()
     here = [*backend.KERNELS] if machine().device == "cuda" else [*backend.KERNELS][:-1] + ["int8 (reference)"]
     assert list(told) == here and told["sdpa"] is None
     if machine().device == "cpu":
         assert told["int8 (reference)"] is None
-        assert told["cudnn"] == told["flash"] == told["sage"] == "needs an NVIDIA GPU"
+        assert told["cudnn"] == told["flash"] == told["bf16"] == told["sage"] == "needs an NVIDIA GPU"
 
 
-@pytest.mark.parametrize("kernel", ["cudnn", "flash", "sage"])
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", "bf16", "sage"])
 def test_a_kernel_that_does_not_run_here_is_refused(kernel):
     with pytest.raises(DaxError, match=f"'{kernel}' needs an NVIDIA GPU; these run here: sdpa") as caught:
         attend(*operands(), kernel=kernel)
@@ -117,9 +157,17 @@ def test_operands_that_do_not_fit_are_refused(break_it):
             "does not import (ImportError: undefined symbol)",
         ),
         (replace(H200, sm=75, name="T4"), "cudnn", "float16", 128, "needs compute capability 8.0 or newer, T4 has 7.5"),
+        (CPU, "bf16", "bfloat16", 128, "needs an NVIDIA GPU"),
+        (H200, "bf16", "bfloat16", 128, "package triton is not installed"),
+        (WITH_TRITON, "bf16", "float16", 64, None),
+        (WITH_TRITON, "bf16", "float32", 128, "the model is float32"),
+        (WITH_TRITON, "bf16", "bfloat16", 96, "does not take heads of 96"),
+        (MACHINES["h100"], "bf16", "bfloat16", 128, None),
+        (MACHINES["a100"], "bf16", "bfloat16", 128, "needs compute capability 9.0, NVIDIA A100 80GB has 8.0"),
+        (MACHINES["b200"], "bf16", "bfloat16", 128, "needs compute capability 9.0, NVIDIA B200 has 10.0"),
     ],
 )
-def test_the_table_of_what_runs_where(here, kernel, dtype, head_dim, expected):
+def test_the_table_of_what_runs_where(here, kernel, dtype, head_dim, expected, sound):
     told = reason(kernel, here, dtype, head_dim)
     assert told is None if expected is None else expected in told
 
@@ -130,7 +178,9 @@ def test_the_table_of_what_runs_where(here, kernel, dtype, head_dim, expected):
         (CPU, "bfloat16", "sdpa"),
         (H200, "bfloat16", "cudnn"),
         (H200, "float32", "sdpa"),
-        (MACHINES["h200"], "bfloat16", "cudnn"),
+        (MACHINES["h200"], "bfloat16", "bf16"),
+        (WITH_TRITON, "bfloat16", "bf16"),
+        (replace(WITH_TRITON, packages={"triton": "3.6.0", "flash_attn_interface": "3"}), "bfloat16", "flash"),
         (MACHINES["a100"], "bfloat16", "sdpa"),
         (replace(H200, packages={"flash_attn_interface": "3"}), "bfloat16", "flash"),
         (
@@ -143,8 +193,36 @@ def test_the_table_of_what_runs_where(here, kernel, dtype, head_dim, expected):
         (replace(MACHINES["b200"], packages={"flash_attn_interface": "3"}), "bfloat16", "cudnn"),
     ],
 )
-def test_auto_is_the_fastest_exact_kernel(here, dtype, kernel):
+def test_auto_is_the_fastest_exact_kernel(here, dtype, kernel, sound):
     assert choose(here, dtype) == kernel and backend.KERNELS[kernel].exact
+
+
+def test_a_kernel_that_fails_its_self_check_is_passed_over_by_name(monkeypatch):
+    monkeypatch.setattr(backend, "self_check", lambda kernel: Verdict(problem="failed its self-check (error 0.5)"))
+    plan = lambda kernel: Plan(attention={"kernel": kernel})
+    auto, asked = (resolve(plan(kernel), FACTS["wan2.1-t2v-14b"], WITH_TRITON) for kernel in ("auto", "bf16"))
+    assert auto.plan.attention.kernel == asked.plan.attention.kernel == "cudnn" and auto.fallbacks == ()
+    assert auto.notes[0].endswith("auto is cudnn on NVIDIA H200 in bfloat16; bf16 failed its self-check (error 0.5)")
+    assert asked.fallbacks[0] == "attention.kernel = bf16: failed its self-check (error 0.5); cudnn instead"
+    assert kernel_for_cross("int8", WITH_TRITON) == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (lambda q, k, v, scale: dense.sdpa(q, k, v, scale), None),
+        (lambda q, k, v, scale: dense.sdpa(q, k[:, :-1], v[:, :-1], scale), "error"),
+        (lambda q, k, v, scale: 1.02 * dense.sdpa(q, k, v, scale), "V = 1 gives O = 1 within 0.0"),
+        (lambda q, k, v, scale: dense.sdpa(q, k, v, scale) * float("nan"), "error nan"),
+        (lambda q, k, v, scale: 1 / 0, "ZeroDivisionError: division by zero"),
+    ],
+    ids=["right", "a key is missing", "a wrong sum", "NaN", "raises"],
+)
+def test_the_self_check_notices(wrong, found, monkeypatch):
+    monkeypatch.setitem(dense.RUN, "bf16", wrong)
+    monkeypatch.setattr(self_check, "compiled_ahead", nullcontext)
+    told = self_check.difference("bf16", dense.backend("bf16"), "cpu")
+    assert told is None if found is None else found in told
 
 
 def test_flash_is_3_on_hopper_and_2_elsewhere():

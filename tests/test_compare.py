@@ -177,7 +177,7 @@ def test_each_knob_stands_alone_once_and_what_cannot_is_named(tmp_path):
     def resolve(plan):
         if plan.compile == "blocks" and plan.cache.policy == "none":
             raise DaxError("unsupported", "not alone")
-        kernel = "cudnn" if plan.attention.kernel == "auto" else plan.attention.kernel
+        kernel = "bf16" if plan.attention.kernel == "auto" else plan.attention.kernel
         return Resolved(plan.model_copy(update={"attention": plan.attention.model_copy(update={"kernel": kernel})}))
 
     skip = "cache: {policy: mask, mask: '10'}\n"
@@ -189,8 +189,8 @@ def test_each_knob_stands_alone_once_and_what_cannot_is_named(tmp_path):
     assert splits[1].knobs == {**splits[0].knobs, "blocks": "blocks"}  # run once for both plans
     assert splits[1].refused == {"compile": "not alone"}
     plans = {each.name: each.plan for each in found}
-    assert (plans["cache"].cache.mask, plans["cache"].attention.kernel) == ("10", "cudnn")
-    assert plans[FLOOR].attention.kernel == "flash" and not found[1].rounded
+    assert (plans["cache"].cache.mask, plans["cache"].attention.kernel) == ("10", "bf16")
+    assert plans[FLOOR].attention.kernel == "cudnn" and not found[1].rounded
     cpu, none = arrangements(["exact"], resolve, machine("cpu"), "float32", 128)
     assert cpu[1].rounded and "rounded to bf16" in cpu[1].description and none == []
 

@@ -111,7 +111,7 @@ def test_what_the_plan_becomes_on_a_card_is_said():
     assert result["changes"][0] == "attention.kernel = sage: 40 self-attention layers"
     assert "sage" not in result["changes"][1]
     auto = ask()["plan"]["attention.kernel"]
-    assert auto["asked"] == "auto" and auto["value"] in ("cudnn", "flash")
+    assert auto["asked"] == "auto" and auto["value"] in ("cudnn", "flash", "bf16")
 
 
 def test_8_bit_attention_halves_its_bound():
@@ -174,6 +174,11 @@ def test_without_a_card_there_are_no_times(monkeypatch):
 def test_the_card_here_is_recognised_by_name(monkeypatch, seen, key):
     monkeypatch.setattr(module, "gpu_name", lambda: seen)
     assert module.card(None) == MACHINES.get(key)
+
+
+@pytest.mark.parametrize(("kernel", "said"), [("bf16", True), ("cudnn", False)])
+def test_a_predicted_rate_is_told(kernel, said):
+    assert ("self-attention rests on a rate" in text(ask(sets=[f"attention.kernel={kernel}"]))) is said
 
 
 def test_the_text_names_what_matters():

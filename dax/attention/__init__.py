@@ -1,10 +1,20 @@
 """Attention kernels: which exist, which run here, and one call for all of them.
 
-`backend` decides (no torch needed), `dense` holds other people's kernels, `apply_attention` puts one into a model's
-attention layers.
+`backend` decides (no torch needed), `dense` holds those that take q, k and v as they are, `apply_attention` puts one
+into a model's attention layers.
 """
 
-from dax.attention.backend import KERNELS, Turn, apply_attention, backend_of, choose, kernel_for_cross, lesser, reason
+from dax.attention.backend import (
+    KERNELS,
+    Turn,
+    apply_attention,
+    backend_of,
+    choose,
+    kernel_for_cross,
+    lesser,
+    passed_over,
+    reason,
+)
 
 __all__ = [
     "KERNELS",
@@ -16,6 +26,7 @@ __all__ = [
     "choose",
     "kernel_for_cross",
     "lesser",
+    "passed_over",
     "reason",
 ]
 

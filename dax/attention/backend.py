@@ -19,13 +19,15 @@ HALF = ("bfloat16", "float16")
 class Kernel:
     """exact: rounding apart, the result of softmax attention. head_dims: sizes of a head it takes, () for any.
 
-    packages: any one of these, best first.  min_sm: the oldest GPU generation; None if a CPU will do.
+    packages: any one of these, best first.  min_sm: the oldest GPU generation; None if a CPU will do
+    max_sm: the newest, or None
     """
 
     exact: bool
     head_dims: tuple[int, ...] | range = ()
     packages: tuple[str, ...] = ()
     min_sm: int | None = None
+    max_sm: int | None = None
     install: str = ""
 
 
@@ -39,6 +41,7 @@ KERNELS = {
         min_sm=80,
         install="FlashAttention 3 (Hopper) or pip install flash-attn",
     ),
+    "bf16": Kernel(exact=True, head_dims=(64, 128), min_sm=90, max_sm=90),
     "sage": Kernel(
         exact=False,
         head_dims=(64, 96, 128),
@@ -48,6 +51,7 @@ KERNELS = {
     ),
     "int8": Kernel(exact=False, head_dims=(64, 128)),
 }
+OWN = ("bf16", "int8")  # DAX's own: in Triton or Gluon, and checked before they are chosen
 
 
 class Turn(NamedTuple):
@@ -112,48 +116,58 @@ def reason(kernel: str, machine: Machine, dtype: str = "bfloat16", head_dim: int
 
     A machine that is only a data sheet is taken to have the package.
     """
+    return unfit(kernel, machine, dtype, head_dim) or failure(kernel, machine)
+
+
+def unfit(kernel: str, machine: Machine, dtype: str, head_dim: int) -> str | None:
+    """The same before any self-check."""
     if kernel not in KERNELS:
         raise DaxError("bad_request", f"unknown attention kernel {kernel!r}{nearest(kernel, ['auto', *KERNELS])}")
     needs = KERNELS[kernel]
     if needs.min_sm is not None:
         if machine.device != "cuda":
             return "needs an NVIDIA GPU"
-        if machine.sm is not None and machine.sm < needs.min_sm:
-            return f"needs compute capability {needs.min_sm / 10} or newer, {machine.name} has {machine.sm / 10}"
+        newest = machine.sm if needs.max_sm is None else needs.max_sm
+        if machine.sm is not None and not needs.min_sm <= machine.sm <= newest:
+            more = " or newer" if needs.max_sm is None else ""
+            return f"needs compute capability {needs.min_sm / 10}{more}, {machine.name} has {machine.sm / 10}"
     if needs.packages and not machine.is_data_sheet and package(kernel, machine) is None:
         failed = [
             f"{name} does not import ({machine.broken[name]})" for name in needs.packages if name in machine.broken
         ]
         return "; ".join(failed) or f"package {needs.packages[-1]} is not installed: {needs.install}"
-    if needs.min_sm is not None and dtype not in HALF:
+    on_gpu = needs.min_sm is not None or (kernel in OWN and machine.device == "cuda")
+    if on_gpu and dtype not in HALF:
         return f"needs bfloat16 or float16, the model is {dtype}"
     if needs.head_dims and head_dim not in needs.head_dims:
         return f"does not take heads of {head_dim}"
-    if kernel == "int8":
-        return int8_problem(machine, dtype)
-    return None
+    return no_kernels(machine) if kernel in OWN else None
 
 
-def int8_problem(machine: Machine, dtype: str) -> str | None:
-    """Why DAX's own kernel does not run there, or None: on a GPU that is here, its self-check says."""
-    if machine.device != "cuda":
-        return None  # the reference
-    if dtype not in HALF:
-        return f"needs bfloat16 or float16, the model is {dtype}"
-    return no_kernels(machine) or (None if machine.is_data_sheet else self_check().problem)
+def failure(kernel: str, machine: Machine) -> str | None:
+    """What the self-check of a kernel of DAX's own found on a GPU that is here, or None."""
+    checked = kernel in OWN and machine.device == "cuda" and not machine.is_data_sheet
+    return self_check(kernel).problem if checked else None
 
 
 def lesser(kernel: str, machine: Machine) -> str | None:
     """What a kernel that runs there runs as instead of its best, and why; None if it is at its best."""
-    if kernel != "int8" or machine.device != "cuda" or machine.is_data_sheet:
+    if kernel not in OWN or machine.device != "cuda" or machine.is_data_sheet:
         return None
-    return self_check().lesser
+    return self_check(kernel).lesser
 
 
-def self_check():
-    from dax.attention.int8 import self_check
+def passed_over(best: str, machine: Machine, dtype: str, head_dim: int) -> str | None:
+    """Why `auto` became `best` and not the kernel of DAX's own, if a self-check failed; None otherwise."""
+    if best in ("flash", "bf16") or unfit("bf16", machine, dtype, head_dim):
+        return None
+    return failure("bf16", machine)
 
-    return self_check()
+
+def self_check(kernel: str):
+    from dax.attention.self_check import self_check
+
+    return self_check(kernel)
 
 
 def package(kernel: str, machine: Machine) -> str | None:
@@ -168,12 +182,15 @@ def package(kernel: str, machine: Machine) -> str | None:
 
 
 def choose(machine: Machine, dtype: str = "bfloat16", head_dim: int = 128) -> str:
-    """What `auto` means there: FlashAttention 3 if it is installed, else cuDNN from Hopper on, else torch's own choice.
+    """What `auto` means there: FlashAttention 3 if it is installed or else DAX's own, on Hopper alone; else cuDNN, from
+    Hopper on; else torch's own choice.
 
     On older cards torch's SDPA is FlashAttention 2 already.
     """
     if package("flash", machine) == "flash_attn_interface" and reason("flash", machine, dtype, head_dim) is None:
         return "flash"
+    if reason("bf16", machine, dtype, head_dim) is None:
+        return "bf16"
     if (machine.sm or 0) >= 90 and reason("cudnn", machine, dtype, head_dim) is None:
         return "cudnn"
     return "sdpa"

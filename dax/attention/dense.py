@@ -1,4 +1,5 @@
-"""The attention kernels that are other people's: torch's SDPA, cuDNN, FlashAttention, SageAttention.
+"""The attention kernels that take q, k and v as they are: torch's SDPA, cuDNN, FlashAttention, SageAttention, and DAX's
+own in 16 bits.
 
 All take [B, S, H, D] and give it back. Packages that torch.compile cannot look into are wrapped as operators, so that
 a compiled block stays one graph.
@@ -12,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dax.attention.backend import Backend, package
 from dax.hardware import machine
+from dax.kernels.attention_bf16 import ATTENTION_BF16
 from dax.kernels.qk_norm_rope import QK_NORM_ROPE
 
 TORCHS_OWN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -70,7 +72,7 @@ def flash_function():
     return flash_attn_func
 
 
-RUN = {"sdpa": sdpa, "cudnn": cudnn, "flash": flash, "sage": sage}
+RUN = {"sdpa": sdpa, "cudnn": cudnn, "flash": flash, "bf16": ATTENTION_BF16, "sage": sage}
 
 
 def backend(kernel: str) -> Backend:

@@ -63,8 +63,9 @@ def block_ms(scheme: str, attention: str, compile: str, fused: bool) -> float:
 def layer_ms(plan: Plan, num_layers: int) -> float:
     """Milliseconds of one layer, on average over the model's, under a resolved plan.
 
-    `sdpa`, which is what auto means on a CPU, counts as cudnn, which it means on the card that is counted for. A layer
-    whose linears follow several schemes costs each scheme's block, weighted with its share of the arithmetic.
+    `sdpa`, which is what auto means on a CPU, counts as cudnn, the exact kernel measured in whole blocks on the card
+    that is counted for. A layer whose linears follow several schemes costs each scheme's block, weighted with its share
+    of the arithmetic.
     """
     names = {f"blocks.{index}.{name}": flops for index in range(num_layers) for name, flops in FLOPS.items()}
     rules = {"*": plan.linear.scheme, **plan.linear.rules}

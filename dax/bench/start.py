@@ -56,7 +56,7 @@ with importing() if imports == "dax" else nullcontext():
         import diffusers
         getattr(diffusers, facts.transformer_class), getattr(diffusers, facts.pipeline_class)
     mark("diffusers_s")
-    import dax.optimize, dax.models.wan_guard, dax.attention.int8, dax.quant
+    import dax.optimize, dax.models.wan_guard, dax.attention.self_check, dax.quant
     from dax.bench.block import calls_of
     from dax.bench.size import Size
     mark("dax_s")

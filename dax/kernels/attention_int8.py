@@ -8,7 +8,7 @@ import torch
 
 from dax.errors import DaxError
 from dax.kernels import attention_int8_hopper, attention_int8_triton
-from dax.kernels.language import Absent, gl
+from dax.kernels.hopper import compute_capability, hopper
 from dax.kernels.op import Cost, define
 from dax.kernels.qk_quantize import k_quantize_reference, q_quantize_reference
 from dax.kernels.rooms import addresses
@@ -92,16 +92,6 @@ def attention_int8_into(q, q_scale, k, k_scale, v, v_scale, num_keys: int, rooms
         raise DaxError("bad_request", f"attention_int8_into: rooms for {list(rows.shape)} tokens, q {list(q.shape)}")
     attention_int8_hopper.launch(*operands, num_keys, rooms[0], rows)
     return rooms[0]
-
-
-def hopper(sm: int) -> bool:
-    """Whether the kernel for Hopper runs: its instructions exist on compute capability 9.0 alone."""
-    return sm == 90 and gl is not Absent
-
-
-def compute_capability(device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def check(q, q_scale, k, k_scale, v, v_scale, num_keys) -> None:

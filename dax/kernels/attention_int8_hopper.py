@@ -11,6 +11,7 @@ warpgroup turns s = q k^T (int8, exact in int32) into p = 2^(s - max + 8) in fp8
 
 import torch
 
+from dax.kernels.hopper import barriers
 from dax.kernels.language import (
     fence_async_shared,
     gl,
@@ -146,19 +147,8 @@ def attention_kernel(
     ones.index(1).store(real.to(gl.float8e4nv, bitcast=True))
     fence_async_shared()
 
-    bars: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [1], bars)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    emptied = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    tokens = gl.allocate_shared_memory(gl.int64, [TURNS, 1], bars)
-    mbarrier.init(q_full, count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(emptied.index(i), count=TURNS)
-    for i in gl.static_range(TURNS):
-        mbarrier.init(tokens.index(i), count=1)
+    q_full, tokens = barriers(1, 1).index(0), barriers(TURNS, 1)
+    k_full, v_full, emptied = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, TURNS)
 
     q_row = (index * S).to(gl.int32) + first
     k_row = (index * n).to(gl.int32) * TILE

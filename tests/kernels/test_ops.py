@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from dax.errors import DaxError
+from dax.kernels import attention_bf16, qk_quantize, v_quantize
 from dax.kernels import attention_int8 as attention
-from dax.kernels import qk_quantize, v_quantize
+from dax.kernels.attention_bf16_hopper import readable
+from dax.kernels.hopper import compute_capability, hopper
 from tests.kernels.offline import arguments, errors, listed, load_ops, poisoned
 
 OPS = load_ops()
@@ -48,7 +50,7 @@ def offline(tmp_path_factory):
 def test_on_a_gpu(name, case):
     op = OPS[name]
     major, minor = torch.cuda.get_device_capability()
-    if 10 * major + minor < op.min_sm:
+    if 10 * major + minor < op.min_sm or (name == "attention_bf16" and major != 9):
         pytest.skip(f"needs compute capability {op.min_sm / 10}")
     given = arguments(op, case, "cuda")
     with poisoned():
@@ -60,7 +62,7 @@ def test_on_a_gpu(name, case):
 @pytest.mark.gpu
 def test_attention_into_rooms_gives_the_same_bits():
     """Tokens go to one room after the other, each of other strides; nothing beside them is touched."""
-    if not attention.hopper(attention.compute_capability(None)):
+    if not hopper(compute_capability(None)):
         pytest.skip("needs compute capability 9.0")
     given = arguments(OPS["attention_int8"], "63 in two batches", "cuda")[:-1]
     wanted, whole = (
@@ -126,7 +128,7 @@ def test_a_kernel_serves_any_number_of_tokens(offline):
     needed = {}
     for row in offline("tokens"):
         needed.setdefault(row["op"], []).append(row["kernels"])
-    assert len(needed) == 11
+    assert len(needed) == 12
     for op, kernels in needed.items():
         assert kernels[0] and kernels[0] == kernels[1] == kernels[2], op
 
@@ -171,3 +173,56 @@ def test_operands_that_do_not_fit_are_refused(changes):
     with pytest.raises(DaxError, match="attention_int8 of") as caught:
         attention.ATTENTION_INT8(**operands(**changes))
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+def sixteen_bits(B=1, S=70, N=130, H=2, D=64, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(B, n, H, D, generator=generator).to(dtype) for n in (S, N, N)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_the_reference_of_16_bits_is_attention(dtype, scale):
+    q, k, v = sixteen_bits(2, dtype=dtype)
+    turned = [x.double().transpose(1, 2) for x in (q, k, v)]
+    exact = torch.nn.functional.scaled_dot_product_attention(*turned, scale=scale).transpose(1, 2)
+    out = attention_bf16.ATTENTION_BF16(q, k, v, scale)
+    assert out.dtype == dtype and out.is_contiguous()
+    assert ((out - exact).norm() / exact.norm()).item() < (0.004 if dtype == torch.bfloat16 else 0.0005)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q[0], k, v),
+        lambda q, k, v: (q, k[:, 1:], v),
+        lambda q, k, v: (q, k[:, :0], v[:, :0]),
+        lambda q, k, v: (q[..., :32], k[..., :32], v[..., :32]),
+        lambda q, k, v: (q, k.half(), v),
+        lambda q, k, v: (q, k, v.to("meta")),
+        lambda q, k, v: (q, k, v, 0.0),
+        lambda q, k, v: (q, k, v, float("nan")),
+    ],
+)
+def test_operands_of_16_bits_that_do_not_fit_are_refused(change):
+    with pytest.raises(DaxError, match="attention_bf16 of") as caught:
+        attention_bf16.ATTENTION_BF16(*change(*sixteen_bits()))
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("sm", "dtype", "code"), [((8, 0), torch.bfloat16, 4), ((9, 0), torch.float32, 2)])
+def test_attention_of_16_bits_is_launched_where_it_runs_alone(sm, dtype, code, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: sm)
+    with pytest.raises(DaxError, match="attention_bf16: ") as caught:
+        OPS["attention_bf16"].launch(*sixteen_bits(dtype=dtype))
+    assert caught.value.exit_code == code
+
+
+def test_what_the_copy_engine_cannot_read_is_copied_and_nothing_else():
+    whole = torch.randn(2, 33, 6, 64).bfloat16()
+    for x in (whole, whole[:, :, 2:4], whole[:, 1::2], whole[1:], whole[:1, :1, :1]):
+        assert readable(x) is x
+    flat = torch.randn(2 * 33 * 2 * 65 + 1).bfloat16()
+    for x in (whole.transpose(1, 3)[..., :2], whole[:1].expand(2, -1, -1, -1), whole[..., ::2],
+              flat[:-1].view(2, 33, 2, 65)[..., :64], flat[1:8449].view(2, 33, 2, 64)):  # fmt: skip
+        assert readable(x).is_contiguous() and readable(x) is not x and torch.equal(readable(x), x)
