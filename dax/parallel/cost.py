@@ -31,7 +31,7 @@ class Cluster:
     traffic    elementwise bytes of a block in units of one bf16 activation, 2 S C;  memory  bytes/s of device memory
     node       ranks of one node, joined by `inside`; nodes are joined by `between`
     direct     the same GPUs through a window (window.py), or None: they do not see each other's memory
-    tax        share of a hidden exchange that computation loses to it: the collective's own use of the processors
+    tax        bytes/s that computation loses to a collective beside it, which takes processors, memory and power
     """
 
     linear: float
@@ -43,7 +43,7 @@ class Cluster:
     inside: Link
     between: Link
     direct: Link | None = None
-    tax: float = 0.12
+    tax: float = 250e9  # fitted to 2 GPUs, over NVLink and through the host alike: docs/parallelism.md
 
     def window(self, topology: Topology) -> bool:
         """Whether the ranks that share tokens may exchange through a window."""
@@ -56,7 +56,7 @@ LINKS = {
     "pcie": Link(60e-6, 14e9),
     "infiniband": Link(45e-6, 42e9),
 }
-DIRECT = Link(20e-6, 360e9)  # through a window, over NVLink's 18 links: a guess from public figures, not measured yet
+DIRECT = Link(20e-6, 360e9)  # through a window, over NVLink's 18 links: 359 GB/s measured, a barrier 7 us
 NVLINK = ("a100", "h20", "h100", "h200", "b200")
 TRAFFIC = {"8bit": 20.5, "bf16": 18}  # of a fused block
 
@@ -128,12 +128,13 @@ def predict(
     chunks      head chunks that hide the exchange under attention; 0 hides nothing
     wire_bytes  per element of q, k and v on the wire; the output always has 2
     branches    forwards per step: 2 with guidance
-    window      exchanges go through one: copy engines take no processors from what runs beside them
+    window      exchanges go through one, written by the kernels that compute: no collective runs beside them
     """
     copies = copy_s(facts, tokens, topology, cluster, wire_bytes, window)
     compute = compute_s(facts, tokens, topology, cluster) + copies
     total, exposed = exchanges_s(facts, tokens, topology, cluster, chunks, wire_bytes, window)
-    tax = 0.0 if window else cluster.tax * (total - exposed)
+    link = cluster.inside if topology.sequence <= cluster.node else cluster.between
+    tax = 0.0 if window else (total - exposed) * link.bytes_per_s / cluster.tax
     layer = compute + exposed + tax
     rounds = ceil(branches / topology.cfg)
     alone = compute_s(facts, tokens, Topology(), cluster)
