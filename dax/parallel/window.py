@@ -1,8 +1,9 @@
 """The exchange of an attention through memory that the ranks of one host see of each other: bytes only, no messages.
 
 A rank writes its tokens where each peer's attention will read them, in the order it wants, and its output where each
-peer's next layer will: nothing is packed, joined or put in place. Copies run on a stream of their own, beside the
-attention of the chunk before where there are chunks.
+peer's next layer will: nothing is packed, joined or put in place. A kernel that can write there does so itself
+(`rooms_of` operands, `rooms` of the output); what others made is copied, on a stream beside the attention of the chunk
+before where there are chunks.
 
 One place for each operand and for the output is enough. A rank writes a layer's operands after it has left the last
 barrier of the layer before, which a peer enters after its attention has read what was there; it writes a layer's output
