@@ -232,6 +232,18 @@ def test_the_command_prints_one_json_object_on_stdout_and_progress_on_stderr(cap
     assert "diffusers eager" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("subject", "rows"), [("attention", "sdpa"), ("linear", None), ("block", "eager")])
+def test_every_time_is_told_as_it_is_known(subject, rows, capsys):
+    """So that a run that is cut short has told something."""
+    from dax.cli.bench import command
+
+    size = {"height": 64, "width": 64, "num_frames": 5, "layers": 1}
+    command(subject, "tiny", rows=rows, warm_up_s=0.0, timed_s=0.001, device="cpu", as_json=True, **size)
+    printed = capsys.readouterr()
+    timed = [row for row in json.loads(printed.out)["rows"] if "sm_mhz" in row]
+    assert timed and printed.err.count("round 1 of 2, ") == printed.err.count("round 2 of 2, ") == len(timed)
+
+
 def test_the_command_prints_the_ledger(capsys):
     from dax.cli.bench import command
 

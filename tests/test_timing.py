@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from dax.bench.report import shown
 from dax.bench.timing import Sensors, measure, summarise
 
 
@@ -18,9 +19,14 @@ def sleeper(log, name, seconds):
 def test_variants_take_turns_and_each_gets_its_share_of_time():
     log = []
     calls = {"a": sleeper(log, "a", 0.004), "b": sleeper(log, "b", 0.008)}
-    timings = measure(calls, device="cpu", warm_up_s=0.02, timed_s=0.08, rounds=2)
+    timings = measure(calls, device="cpu", warm_up_s=0.02, timed_s=0.08, rounds=2, log=log.append)
     turns = [name for i, name in enumerate(log) if i == 0 or log[i - 1] != name]
-    assert turns == ["a", "b", "a", "b"]
+    told = [
+        f"round {turn + 1} of 2, {name}: {shown(timings[name].visits[turn])} ms a call"
+        for turn in (0, 1)
+        for name in "ab"
+    ]
+    assert turns == ["a", told[0], "b", told[1], "a", told[2], "b", told[3]]
     for name, floor in (("a", 4.0), ("b", 8.0)):
         timing = timings[name]
         assert timing.low_ms >= floor

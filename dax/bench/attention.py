@@ -78,7 +78,7 @@ def bench(
                     line["v1_error_pct"] = 100 * (row.call(q, k, torch.ones_like(v)).float() - 1).abs().max().item()
             lines[row.label], calls[row.label] = line, lambda call=row.call: call(q, k, v)
         emulated = sage_emulated(q, k, v, sampled)
-        for label, timing in measure(calls, device, warm_up_s, timed_s).items():
+        for label, timing in measure(calls, device, warm_up_s, timed_s, log).items():
             row = next(row for row in chosen if row.label == label)
             peak = here.peak_tflops.get(row.dtype)
             bound = row.moved / here.bandwidth_tbs / 1e9 if row.moved and here.bandwidth_tbs else None

@@ -136,7 +136,7 @@ def run_rows(model, calls, origin, rows, device, warm_up_s, timed_s, log) -> tup
             raise DaxError("unsupported", f"no row runs here: {reasons}")
         del reference
         kinds = {name: breakdown(call) if device.startswith("cuda") else {} for name, call in ready.items()}
-        timings = measure(ready, device, warm_up_s, timed_s)
+        timings = measure(ready, device, warm_up_s, timed_s, log)
     return [Result(**known[name], kinds=kinds[name], timing=timings[name]) for name in ready], left_out
 
 

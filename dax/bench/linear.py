@@ -85,7 +85,8 @@ def rows(subject: Subject, tokens: int, machine, warm_up_s: float, timed_s: floa
     products = subject.products()
     errors = [checked(product, tokens, machine.device) for product in products]
     log(f"{subject.name}: " + ", ".join(f"{each.label} {error:.4f}" for each, error in zip(products, errors)))
-    timings = measure({product.label: product.call for product in products}, machine.device, warm_up_s, timed_s)
+    calls = {product.label: product.call for product in products}
+    timings = measure(calls, machine.device, warm_up_s, timed_s, log)
     found = []
     for product, error in zip(products, errors):
         timing, peak = timings[product.label], machine.peak_tflops.get(product.dtype)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from math import ceil
 from statistics import median
 
+from dax.bench.report import shown
+
 WARM_UP_S = 5.0
 TIMED_S = 5.0
 ROUNDS = 2
@@ -45,25 +47,28 @@ def measure(
     device: str = "cuda",
     warm_up_s: float = WARM_UP_S,
     timed_s: float = TIMED_S,
+    log: Callable[[str], None] = lambda text: None,
     rounds: int = ROUNDS,
 ) -> dict[str, Timing]:
     """Time every variant, taking turns: `rounds` visits of `warm_up_s` unmeasured and `timed_s / rounds` measured s.
 
     A variant must be ready (compiled, checked) when it comes here. Calls too short for the clock are timed in groups of
-    at least a millisecond. The figure is the median over all visits.
+    at least a millisecond. The figure is the median over all visits. `log` hears the median of each as it is known, so
+    that a run that is cut short has told something.
     """
     watch = stopwatch(device)
     read = sensor(device) if device.startswith("cuda") else None
     samples: dict[str, list[list[float]]] = {name: [] for name in variants}
     readings: dict[str, list[tuple]] = {name: [] for name in variants}
     counts = dict.fromkeys(variants, 0)
-    for _ in range(rounds):
+    for turn in range(rounds):
         for name, call in variants.items():
             group = watch.warm_up(call, warm_up_s)
             with Sensors(read) as sensors:
                 samples[name].append(watch.time(call, timed_s / rounds, group))
             readings[name] += sensors.rows
             counts[name] += group * len(samples[name][-1])
+            log(f"round {turn + 1} of {rounds}, {name}: {shown(median(samples[name][-1]))} ms a call")
     result = {}
     for name in variants:
         flat = sorted(ms for visit in samples[name] for ms in visit)

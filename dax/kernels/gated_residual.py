@@ -55,9 +55,12 @@ def launch(y: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor, split: i
 
 def case(B: int, S: int, C: int, samples: int, split: int = -1):
     def arguments(generator, device):
-        y, residual = (torch.randn(B, S, C, generator=generator).to(device, torch.bfloat16) for _ in range(2))
-        gate = torch.randn(samples, 1 if split < 0 else 2, C, generator=generator)
-        return y, gate.to(device), residual, max(split, 0)
+        def gaussian(*shape):
+            return torch.randn(*shape, generator=generator, device=device)
+
+        y, residual = (gaussian(B, S, C).to(torch.bfloat16) for _ in range(2))
+        gate = gaussian(samples, 1 if split < 0 else 2, C)
+        return y, gate, residual, max(split, 0)
 
     return arguments
 

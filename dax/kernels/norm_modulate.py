@@ -177,12 +177,15 @@ def launch_residual(
 
 def case(B: int, S: int, C: int, samples: int, dtype: torch.dtype | None = None, static=False, split: int = -1):
     def arguments(generator, device):
-        x = torch.randn(B, S, C, generator=generator).add(0.5).to(torch.bfloat16)
+        def gaussian(*shape):
+            return torch.randn(*shape, generator=generator, device=device)
+
+        x = gaussian(B, S, C).add(0.5).to(torch.bfloat16)
         rows = (samples, 1 if split < 0 else 2, C)
-        weight = torch.randn(rows, generator=generator) * 0.3 + 1
-        bias = torch.randn(rows, generator=generator) * 0.3
-        quantised = () if dtype is None else (dtype, torch.tensor(4.0 / LARGEST[dtype]).to(device) if static else None)
-        return x.to(device), weight.to(device), bias.to(device), 1e-6, *quantised, max(split, 0)
+        weight, bias = gaussian(*rows) * 0.3 + 1, gaussian(*rows) * 0.3
+        scale = torch.tensor(4.0 / LARGEST[dtype], device=device) if static else None
+        quantised = () if dtype is None else (dtype, scale)
+        return x, weight, bias, 1e-6, *quantised, max(split, 0)
 
     return arguments
 
@@ -192,7 +195,7 @@ def residual_case(B: int, S: int, C: int, gates: tuple | None, rows: tuple, spli
 
     def arguments(generator, device):
         def gaussian(*shape):
-            return torch.randn(*shape, generator=generator).to(device)
+            return torch.randn(*shape, generator=generator, device=device)
 
         y, residual = gaussian(B, S, C).to(dtype), gaussian(B, S, C).add(0.5).to(dtype)
         gate = None if gates is None else gaussian(*gates, C)

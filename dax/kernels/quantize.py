@@ -128,9 +128,9 @@ def row_meta(columns: int) -> dict:
 
 def case(rows: int, columns: int, dtype: torch.dtype, static: bool = False, outlier: float = 1.0):
     def arguments(generator, device):
-        x = torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
+        x = torch.randn(rows, columns, generator=generator, device=device).to(torch.bfloat16)
         x[:, 0] *= outlier
-        return x.to(device), dtype, torch.tensor(3.0 / LARGEST[dtype], device=device) if static else None
+        return x, dtype, torch.tensor(3.0 / LARGEST[dtype], device=device) if static else None
 
     return arguments
 

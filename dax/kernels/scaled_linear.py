@@ -232,20 +232,21 @@ def case(shape: tuple, N: int, dtype: torch.dtype, static: bool = False, **flags
     """flags: gelu, bias=False, residual=True, gates=(videos, rows) of the gate, split."""
 
     def arguments(generator, device):
-        x, x_scale = quantize_rows_reference(torch.randn(*shape, generator=generator), dtype)
+        def gaussian(*shape):
+            return torch.randn(*shape, generator=generator, device=device)
+
+        x, x_scale = quantize_rows_reference(gaussian(*shape), dtype)
         weight_dtype = torch.float8_e4m3fn if dtype == torch.float8_e5m2 else dtype
-        w = torch.randn(N, shape[-1], generator=generator) * shape[-1] ** -0.5
+        w = gaussian(N, shape[-1]) * shape[-1] ** -0.5
         weight, weight_scale = quantize_rows_reference(w, weight_dtype)
-        bias = torch.randn(N, generator=generator) if flags.get("bias", True) else None
+        bias = gaussian(N) if flags.get("bias", True) else None
         operands = [x, x_scale, weight, weight_scale, bias]
         gelu = flags.get("gelu", False)
         if static:
-            operands += [torch.tensor(3.0 / LARGEST[dtype]), gelu]
-        else:
-            gate = torch.randn(*flags["gates"], N, generator=generator) if "gates" in flags else None
-            residual = torch.randn(*shape[:-1], N, generator=generator).bfloat16() if flags.get("residual") else None
-            operands += [torch.bfloat16, gelu, gate, residual, flags.get("split", 0)]
-        return tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in operands)
+            return *operands, torch.tensor(3.0 / LARGEST[dtype], device=device), gelu
+        gate = gaussian(*flags["gates"], N) if "gates" in flags else None
+        residual = gaussian(*shape[:-1], N).bfloat16() if flags.get("residual") else None
+        return *operands, torch.bfloat16, gelu, gate, residual, flags.get("split", 0)
 
     return arguments
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dax.errors import DaxError
 from dax.kernels import attention_bf16, qk_quantize, v_quantize
@@ -144,6 +145,22 @@ def test_traced(name, case):
         fake = op(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in given))
     for told, real in zip(listed(fake), listed(op(*given)), strict=True):
         assert told.shape == real.shape and told.dtype == real.dtype
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_a_case_is_made_on_the_device_it_is_for(name, case):
+    """Every tensor on the way: what a GPU's generator draws can be nowhere else."""
+    made = []
+
+    class Made(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            made.extend(listed(found := function(*args, **(kwargs or {}))))
+            return found
+
+    with Made():
+        given = OPS[name].cases[case](torch.Generator(), "meta")
+    tensors = [x for x in (*made, *given) if isinstance(x, torch.Tensor)]
+    assert tensors and all(x.is_meta for x in tensors)
 
 
 def operands(B=1, S=70, N=130, H=2, D=64, **changes):
