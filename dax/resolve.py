@@ -70,7 +70,7 @@ def resolve(
         machine,
         replace(ranks, align=TILE) if kernel in EIGHT_BIT else ranks,
         travels=kernel in EIGHT_BIT,
-        attention="bf16" if attention.KERNELS[kernel].exact else "8bit",
+        kernel=kernel,
         linear="8bit" if linear.active else "bf16",
         joint=plan.cache.policy == "none" or (plan.cache.uncond_every == 1 and plan.cache.drop_uncond == 0),
         eager=compiled == "none",

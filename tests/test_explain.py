@@ -176,9 +176,14 @@ def test_the_card_here_is_recognised_by_name(monkeypatch, seen, key):
     assert module.card(None) == MACHINES.get(key)
 
 
-@pytest.mark.parametrize(("kernel", "said"), [("bf16", True), ("cudnn", False)])
-def test_a_predicted_rate_is_told(kernel, said):
-    assert ("self-attention rests on a rate" in text(ask(sets=[f"attention.kernel={kernel}"]))) is said
+@pytest.mark.parametrize(("hardware", "kernel"), [("h100", "bf16"), ("h200", "bf16"), ("b200", "cudnn")])
+def test_exact_is_counted_with_the_kernel_that_auto_means_on_the_card(hardware, kernel):
+    auto, named = (ask(plan="exact", hardware=hardware, sets=sets) for sets in ([], [f"attention.kernel={kernel}"]))
+    assert auto["plan"]["attention.kernel"]["value"] == kernel
+    assert auto["ms_per_layer_expected"] == named["ms_per_layer_expected"]
+    assert {part["name"]: part["ms_expected"] for part in auto["parts"]}["cross-attention"] == pytest.approx(
+        40 * 4 * 75600 * 512 * 5120 / (MACHINES[hardware].peak_tflops["bf16"] * 1e9) / 0.569
+    )
 
 
 def test_the_text_names_what_matters():

@@ -7,14 +7,15 @@ costs nothing beside a forward.
 
 from functools import cache
 
+from dax.attention import choose
 from dax.bench import roofline
 from dax.facts import FACTS
-from dax.hardware import ATTENTION_REACHES, LINEAR_REACHES, MACHINES, SDPA_REACHES_ON_HOPPER, TRAFFIC_REACHES
+from dax.hardware import ATTENTION_DTYPE, LINEAR_REACHES, MACHINES, TRAFFIC_REACHES, attention_reaches
 from dax.parallel.cost import Cluster, cluster_of
 from dax.plan import Plan
 from dax.quant.scheme import NONE, match
 
-COST_OF = "forwards x ms per layer of Wan2.1 14B 720p on one H100"
+COST_OF = "forwards x ms per layer of Wan2.1 14B 720p on one H100, where exact attention is DAX's bf16"
 CARD, MODEL, TOKENS = MACHINES["h100"], FACTS["wan2.1-t2v-14b"], 75600
 C, F = MODEL.width, MODEL.ffn_dim
 FLOPS = {  # multiply-adds per token of each linear layer of a block; text keys and values see 512 tokens only
@@ -27,7 +28,7 @@ def arithmetic(plan: Plan) -> dict[str, str]:
     """The dtypes that a plan's kernels multiply in, as roofline's functions take them."""
     return {
         "gemm_dtype": roofline.LINEAR.get(plan.linear.scheme, "bf16"),
-        "attention_dtype": roofline.ATTENTION.get(plan.attention.kernel, "bf16"),
+        "attention_dtype": ATTENTION_DTYPE.get(plan.attention.kernel, "bf16"),
     }
 
 
@@ -46,9 +47,7 @@ def expected_s(op: roofline.Operation, plan: Plan, machine) -> float:
     elif op.kind == "gemm":
         reached = LINEAR_REACHES[op.dtype]
     else:
-        kernel = plan.attention.kernel if op.name == "self-attention" else "cudnn"
-        old = kernel == "sdpa" and (machine.sm or 0) >= 90
-        reached = SDPA_REACHES_ON_HOPPER if old else ATTENTION_REACHES[kernel]
+        reached = attention_reaches(plan.attention.kernel if op.name == "self-attention" else "cudnn", machine)
     return op.seconds(machine, fused=way(plan) != "stock")[0] / reached
 
 
@@ -63,14 +62,13 @@ def block_ms(scheme: str, attention: str, compile: str, fused: bool) -> float:
 def layer_ms(plan: Plan, num_layers: int) -> float:
     """Milliseconds of one layer, on average over the model's, under a resolved plan.
 
-    `sdpa`, which is what auto means on a CPU, counts as cudnn, the exact kernel measured in whole blocks on the card
-    that is counted for. A layer whose linears follow several schemes costs each scheme's block, weighted with its share
-    of the arithmetic.
+    `sdpa`, which is what auto means on a CPU, counts as what auto means on the card that is counted for. A layer whose
+    linears follow several schemes costs each scheme's block, weighted with its share of the arithmetic.
     """
     names = {f"blocks.{index}.{name}": flops for index in range(num_layers) for name, flops in FLOPS.items()}
     rules = {"*": plan.linear.scheme, **plan.linear.rules}
     schemes = match(names, rules, optional=rules)
-    kernel = "cudnn" if plan.attention.kernel == "sdpa" else plan.attention.kernel
+    kernel = choose(CARD) if plan.attention.kernel == "sdpa" else plan.attention.kernel
     others = kernel, plan.compile, plan.blocks.fused
     total = sum(flops * block_ms(schemes.get(name, NONE), *others) for name, flops in names.items())
     return total / sum(names.values())
@@ -88,5 +86,4 @@ def cost(plan: Plan, forwards: int, exact: Plan, all_forwards: int, num_layers: 
 
 def cluster(plan: Plan, machine, node: int = 8) -> Cluster | None:
     """Such cards as the planner sees them under a resolved plan, `node` of them per node; None without a data sheet."""
-    attention = "8bit" if plan.attention.kernel in roofline.ATTENTION else "bf16"
-    return cluster_of(machine, attention, "8bit" if plan.linear.active else "bf16", node)
+    return cluster_of(machine, plan.attention.kernel, "8bit" if plan.linear.active else "bf16", node)

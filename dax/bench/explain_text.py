@@ -1,7 +1,6 @@
 """What `dax explain` found out, for people."""
 
 from dax.bench.report import table
-from dax.hardware import PREDICTED
 
 
 def text(result: dict) -> str:
@@ -34,8 +33,6 @@ def text(result: dict) -> str:
     forward, video = result["forward"], result["video"]
     if result["hardware"]:
         lines.append(f"layer: expected {result['ms_per_layer_expected']:.4g} ms")
-        if result["plan"]["attention.kernel"]["value"] in PREDICTED:
-            lines.append("self-attention rests on a rate that was never measured: docs/attention.md")
     lines.append(f"forward: {forward['tflop']:.4g} TFLOP" + times(forward))
     lines.append(f"video: {video['forwards']} forwards, {video['pflop']:.4g} PFLOP" + times(video))
     if result["gains"]:

@@ -11,7 +11,6 @@ from math import prod
 from dax.facts import Facts
 
 EIGHT_BITS = ("int8", "fp8")
-ATTENTION = {"sage": "int8", "int8": "int8"}  # the arithmetic of each attention kernel; bf16 unless named
 LINEAR = {"int8": "int8", "fp8": "fp8", "fp8_e5m2": "fp8"}  # of each scheme
 
 

@@ -1,10 +1,10 @@
-"""Attention in 16 bits for Hopper (compute capability 9.0), in Gluon. docs/attention.md tells what is expected of it.
+"""Attention in 16 bits for Hopper (compute capability 9.0), in Gluon. docs/attention.md tells what else was tried.
 
-A block takes TURNS x 64 queries of a head through all its keys: a warpgroup for each 64 rows, and one warp that fetches
-tiles by descriptor, straight from [B, S, H, D]. A warpgroup turns s = q k^T into p = 2^(s - max), rounds it to 16 bits
-where it lies, as the first operand of p v, and that product adds to its fp32 output.
-- A token goes around the warpgroups: who has it issues its two products, so that one computes softmax while another has
-  the tensor cores. OVERLAP: the next q k^T goes before p v and its softmax hides p v too, for 64 registers more.
+A block takes 192 queries of a head through all its keys: three warpgroups of 64 rows, and one warp that fetches tiles
+by descriptor, straight from [B, S, H, D]. A warpgroup turns s = q k^T into p = 2^(s - max), rounds it to 16 bits where
+it lies, as the first operand of p v, and that product adds to its fp32 output.
+- A token goes around the warpgroups: from p v to the issue of the next q k^T the tensor cores are one's own, while the
+  two others compute softmax.
 - The row maximum's scale, with log2 e, is folded into the exponent: one multiply-add and one exponential a score.
 - Row sums are added up in each thread, of p before rounding, and joined once, at the end.
 - The last tile comes first: keys past the end, which the copy fills with zeros, are masked there and nowhere else.
@@ -16,23 +16,15 @@ from dax.kernels.hopper import barriers
 from dax.kernels.language import gl, gluon, load_tile, mbarrier, triton, warpgroup_mma, warpgroup_mma_wait
 from dax.kernels.start import start
 
-VARIANTS = {  # until they have been timed
-    "in turn": {"TURNS": 3, "TILE": 128, "STAGES": 2, "OVERLAP": False, "TOKEN": True, "REGISTERS": 160},
-    "in turn, no token": {"TURNS": 3, "TILE": 128, "STAGES": 2, "OVERLAP": False, "TOKEN": False, "REGISTERS": 160},
-    "overlapped": {"TURNS": 2, "TILE": 128, "STAGES": 3, "OVERLAP": True, "TOKEN": True, "REGISTERS": 240},
-    "overlapped, 2 stages": {"TURNS": 2, "TILE": 128, "STAGES": 2, "OVERLAP": True, "TOKEN": True, "REGISTERS": 240},
-    "overlapped, no token": {"TURNS": 2, "TILE": 128, "STAGES": 3, "OVERLAP": True, "TOKEN": False, "REGISTERS": 240},
-    "overlapped, 3 x 64 keys": {"TURNS": 3, "TILE": 64, "STAGES": 4, "OVERLAP": True, "TOKEN": True, "REGISTERS": 160},
-}
-DELIVERED = "in turn"
+WARPGROUPS, ROWS = gl.constexpr(3), gl.constexpr(64)  # rows: of a warpgroup
+TILE, STAGES = gl.constexpr(128), gl.constexpr(2)  # keys of a tile; tiles of keys and values in flight
+REGISTERS = gl.constexpr(160)
 LOG2_E = 1.4426950408889634
-ROWS = gl.constexpr(64)  # of a warpgroup
 
 
 @gluon.jit
-def scores(q, k_tiles, k_full, step, no_s, STAGES: gl.constexpr):
+def scores(q, k_tiles, k_full, step, no_s):
     """Issue q k^T of a step once its keys are there."""
-    TILE: gl.constexpr = no_s.shape[1]
     stage = step % STAGES
     mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
     keys = k_tiles.index(stage).reshape([TILE, q.shape[1]])
@@ -40,10 +32,10 @@ def scores(q, k_tiles, k_full, step, no_s, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def weigh(p, v_tiles, step, o, STAGES: gl.constexpr):
-    """Issue o + p v of a step, whose values must be there."""
-    values = v_tiles.index(step % STAGES).reshape([p.shape[1], o.shape[1]])
-    return warpgroup_mma(p, values, o, is_async=True)
+def weigh(p, v_tiles, step, o):
+    """o + p v of a step, whose values must be there."""
+    values = v_tiles.index(step % STAGES).reshape([TILE, o.shape[1]])
+    return warpgroup_mma_wait(0, deps=(warpgroup_mma(p, values, o, is_async=True),))
 
 
 @gluon.jit
@@ -53,18 +45,13 @@ def row_sums(p):
 
 
 @gluon.jit
-def attend_rows(
-    tiles, bars, sizes, Out, scale, TURN: gl.constexpr, OVERLAP: gl.constexpr, TOKEN: gl.constexpr
-):  # fmt: skip
+def attend_rows(tiles, bars, sizes, Out, scale, TURN: gl.constexpr):
     """One warpgroup: rows [first + TURN * ROWS, first + TURN * ROWS + ROWS) of a head against n tiles of keys."""
     q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, v_full, k_emptied, v_emptied, tokens = bars
     first, S, H, num_keys, n = sizes
-    TURNS: gl.constexpr = q_tiles.shape[0]
-    STAGES: gl.constexpr = k_tiles.shape[0]
-    TILE: gl.constexpr = k_tiles.shape[2]
     D: gl.constexpr = k_tiles.shape[4]
-    NEXT: gl.constexpr = (TURN + 1) % TURNS
+    NEXT: gl.constexpr = (TURN + 1) % WARPGROUPS
     LEADS: gl.constexpr = 1 if TURN == 0 else 0
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -75,7 +62,7 @@ def attend_rows(
     o = gl.zeros([ROWS, D], gl.float32, o_layout)
 
     mbarrier.wait(q_full.index(0), 0)
-    s = warpgroup_mma_wait(0, deps=(scores(q, k_tiles, k_full, 0, no_s, STAGES),))
+    s = warpgroup_mma_wait(0, deps=(scores(q, k_tiles, k_full, 0, no_s),))
     mbarrier.arrive(k_emptied.index(0), count=1)
     key = (n - 1) * TILE + gl.arange(0, TILE, gl.SliceLayout(0, s_layout))
     s = gl.where((key < num_keys)[None, :], s, float("-inf"))
@@ -85,34 +72,22 @@ def attend_rows(
     mbarrier.wait(v_full.index(0), 0)
     for i in range(1, n):
         p16 = gl.convert_layout(p.to(q.dtype), p_layout, assert_trivial=True)
-        if TOKEN:
-            mbarrier.wait(tokens.index(TURN), ((i - 1) & 1) ^ LEADS)
-        if OVERLAP:
-            s = scores(q, k_tiles, k_full, i, no_s, STAGES)
-            new_o = weigh(p16, v_tiles, i - 1, o, STAGES)
-        else:
-            o = warpgroup_mma_wait(0, deps=(weigh(p16, v_tiles, i - 1, o, STAGES),))
-            s = scores(q, k_tiles, k_full, i, no_s, STAGES)
-        if TOKEN:
-            mbarrier.arrive(tokens.index(NEXT), count=1)
-        if OVERLAP:
-            s = warpgroup_mma_wait(1, deps=(s,))
-        else:
-            mbarrier.arrive(v_emptied.index((i - 1) % STAGES), count=1)
-            s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.wait(tokens.index(TURN), ((i - 1) & 1) ^ LEADS)
+        o = weigh(p16, v_tiles, i - 1, o)
+        s = scores(q, k_tiles, k_full, i, no_s)
+        mbarrier.arrive(tokens.index(NEXT), count=1)
+        mbarrier.arrive(v_emptied.index((i - 1) % STAGES), count=1)
+        s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_emptied.index(i % STAGES), count=1)
         new = gl.maximum(largest, gl.max(s, 1) * scale)
         p = gl.exp2(s * scale - new[:, None])
         fade = gl.exp2(largest - new)
         largest = new
         total = total * gl.convert_layout(fade, gl.SliceLayout(1, total.type.layout))[:, None] + row_sums(p)
-        mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)  # a branch: ptxas puts nothing below before it
-        if OVERLAP:
-            o = warpgroup_mma_wait(0, deps=(new_o,))
-            mbarrier.arrive(v_emptied.index((i - 1) % STAGES), count=1)
+        mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
         o = o * gl.convert_layout(fade, o_rows)[:, None]
     p16 = gl.convert_layout(p.to(q.dtype), p_layout, assert_trivial=True)
-    o = warpgroup_mma_wait(0, deps=(weigh(p16, v_tiles, n - 1, o, STAGES),))
+    o = weigh(p16, v_tiles, n - 1, o)
 
     index = gl.program_id(1).to(gl.int64)
     o = o * (1.0 / gl.convert_layout(gl.sum(total, 1), o_rows))[:, None]
@@ -128,13 +103,10 @@ def fetch(Q, K, V, tiles, bars, sizes):
     q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, v_full, k_emptied, v_emptied, tokens = bars
     first, S, H, num_keys, n = sizes
-    TURNS: gl.constexpr = q_tiles.shape[0]
-    STAGES: gl.constexpr = k_tiles.shape[0]
-    TILE: gl.constexpr = k_tiles.shape[2]
     D: gl.constexpr = k_tiles.shape[4]
     batch, head = gl.program_id(1) // H, gl.program_id(1) % H
-    mbarrier.expect(q_full.index(0), TURNS * ROWS * D * 2)
-    for turn in gl.static_range(TURNS):
+    mbarrier.expect(q_full.index(0), WARPGROUPS * ROWS * D * 2)
+    for turn in gl.static_range(WARPGROUPS):
         load_tile(Q, [batch, first + turn * ROWS, head, 0], q_full.index(0), q_tiles.index(turn))
     for i in range(n):
         stage = i % STAGES
@@ -149,45 +121,30 @@ def fetch(Q, K, V, tiles, bars, sizes):
 
 
 @gluon.jit(do_not_specialize=["S", "H", "num_keys"])
-def attention_kernel(
-    Q, K, V, Out, S, H, num_keys, scale,
-    TURNS: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
-    TOKEN: gl.constexpr, REGISTERS: gl.constexpr,
-):  # fmt: skip
-    sizes = (gl.program_id(0) * TURNS * ROWS, S, H, num_keys, gl.cdiv(num_keys, TILE))
+def attention_kernel(Q, K, V, Out, S, H, num_keys, scale, D: gl.constexpr):
+    sizes = (gl.program_id(0) * WARPGROUPS * ROWS, S, H, num_keys, gl.cdiv(num_keys, TILE))
     tiles = (
-        gl.allocate_shared_memory(Q.dtype, [TURNS, 1, ROWS, 1, D], Q.layout),
+        gl.allocate_shared_memory(Q.dtype, [WARPGROUPS, 1, ROWS, 1, D], Q.layout),
         gl.allocate_shared_memory(K.dtype, [STAGES, 1, TILE, 1, D], K.layout),
         gl.allocate_shared_memory(V.dtype, [STAGES, 1, TILE, 1, D], V.layout),
     )
-    q_full, tokens = barriers(1, 1), barriers(TURNS, 1)
+    q_full, tokens = barriers(1, 1), barriers(WARPGROUPS, 1)
     k_full, v_full = barriers(STAGES, 1), barriers(STAGES, 1)
-    k_emptied, v_emptied = barriers(STAGES, TURNS), barriers(STAGES, TURNS)
+    k_emptied, v_emptied = barriers(STAGES, WARPGROUPS), barriers(STAGES, WARPGROUPS)
     bars = (q_full, k_full, v_full, k_emptied, v_emptied, tokens)
-    if TURNS == 3:
-        gl.warp_specialize(
-            [
-                (attend_rows, (tiles, bars, sizes, Out, scale, 0, OVERLAP, TOKEN)),
-                (attend_rows, (tiles, bars, sizes, Out, scale, 1, OVERLAP, TOKEN)),
-                (attend_rows, (tiles, bars, sizes, Out, scale, 2, OVERLAP, TOKEN)),
-                (fetch, (Q, K, V, tiles, bars, sizes)),
-            ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (attend_rows, (tiles, bars, sizes, Out, scale, 0, OVERLAP, TOKEN)),
-                (attend_rows, (tiles, bars, sizes, Out, scale, 1, OVERLAP, TOKEN)),
-                (fetch, (Q, K, V, tiles, bars, sizes)),
-            ],
-            [4, 1],
-            [REGISTERS, 24],
-        )
+    gl.warp_specialize(
+        [
+            (attend_rows, (tiles, bars, sizes, Out, scale, 0)),
+            (attend_rows, (tiles, bars, sizes, Out, scale, 1)),
+            (attend_rows, (tiles, bars, sizes, Out, scale, 2)),
+            (fetch, (Q, K, V, tiles, bars, sizes)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, 24],
+    )
 
 
-def launch(q, k, v, scale: float, variant: str = DELIVERED) -> torch.Tensor:
+def launch(q, k, v, scale: float) -> torch.Tensor:
     """See attention_bf16. q, k, v as `readable` gives them."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -198,14 +155,12 @@ def launch(q, k, v, scale: float, variant: str = DELIVERED) -> torch.Tensor:
         return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], box, layout)
 
     B, S, H, D = q.shape
-    constants = VARIANTS[variant]
-    turns, tile = constants["TURNS"], constants["TILE"]
     out = torch.empty(B, S, H, D, device=q.device, dtype=q.dtype)
     with torch.cuda.device_of(q):
         start(
-            attention_kernel, (triton.cdiv(S, turns * ROWS.value), B * H),
-            tiles(q, ROWS.value), tiles(k, tile), tiles(v, tile), out, S, H, k.shape[1], scale * LOG2_E,
-            D=D, **constants, num_warps=4,
+            attention_kernel, (triton.cdiv(S, WARPGROUPS.value * ROWS.value), B * H),
+            tiles(q, ROWS.value), tiles(k, TILE.value), tiles(v, TILE.value), out, S, H, k.shape[1], scale * LOG2_E,
+            D=D, num_warps=4,
         )  # fmt: skip
     return out
 

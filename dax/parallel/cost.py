@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from dax.facts import Facts
-from dax.hardware import ATTENTION_REACHES, LINEAR_REACHES, TRAFFIC_REACHES
+from dax.hardware import ATTENTION_DTYPE, ATTENTION_REACHES, LINEAR_REACHES, TRAFFIC_REACHES, attention_reaches
 from dax.parallel.topology import Topology, chunk_sizes
 
 TILE = 128  # keys that share a scale: their means are what 8-bit attention must know of all tokens
@@ -61,20 +61,21 @@ NVLINK = ("a100", "h20", "h100", "h200", "b200")
 TRAFFIC = {"8bit": 20.5, "bf16": 18}  # of a fused block
 
 
-def cluster_of(machine, attention: str, linear: str, node: int = 8) -> Cluster | None:
+def cluster_of(machine, kernel: str, linear: str, node: int = 8) -> Cluster | None:
     """The cluster of cards like `machine` (dax.hardware), `node` of them per node; None without a data sheet.
 
-    attention, linear   "8bit" or "bf16": their arithmetic
+    kernel  of self-attention, as a resolved plan names it
+    linear  "8bit" or "bf16": the arithmetic of the linear layers
     """
     if not machine.peak_tflops:
         return None
-    peak = {"bf16": machine.peak_tflops["bf16"] * 1e12, "8bit": machine.peak_tflops.get("int8", 0) * 1e12}
+    peak = {"bf16": machine.peak_tflops["bf16"] * 1e12, "int8": machine.peak_tflops.get("int8", 0) * 1e12}
     name = machine.name.lower()
     joined = any(card in name for card in NVLINK) and "pcie" not in name
-    eight = {"8bit": "int8", "bf16": "bf16"}[linear]
+    multiplied = {"8bit": "int8", "bf16": "bf16"}[linear]
     return Cluster(
-        linear=LINEAR_REACHES[eight] * peak[linear],
-        attention=ATTENTION_REACHES["int8" if attention == "8bit" else "cudnn"] * peak[attention],
+        linear=LINEAR_REACHES[multiplied] * peak[multiplied],
+        attention=attention_reaches(kernel, machine) * peak[ATTENTION_DTYPE.get(kernel, "bf16")],
         cross=ATTENTION_REACHES["cudnn"] * peak["bf16"],
         memory=TRAFFIC_REACHES["fused"] * machine.bandwidth_tbs * 1e12,
         traffic=TRAFFIC[linear],

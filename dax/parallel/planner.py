@@ -67,7 +67,7 @@ def resolve_parallel(
     machine,
     ranks: Ranks,
     travels: bool = False,
-    attention: str = "bf16",
+    kernel: str = "cudnn",
     linear: str = "bf16",
     joint: bool = True,
     eager: bool = True,
@@ -75,7 +75,8 @@ def resolve_parallel(
     """(the plan's parallel part with every `auto` decided, notes). DaxError("bad_request") for degrees that do not fit.
 
     travels            whether the attention kernel has 8-bit operands that can travel as such
-    attention, linear  "8bit" or "bf16": their arithmetic
+    kernel             of self-attention
+    linear             "8bit" or "bf16": the arithmetic of the linear layers
     joint              whether both guidance branches compute the same steps
     eager              whether blocks run as they are, and not compiled
     """
@@ -97,7 +98,7 @@ def resolve_parallel(
             shares[0].check()
     size = facts.defaults
     tokens = ranks.tokens or facts.tokens(size.height, size.width, size.num_frames)
-    cluster = cluster_of(machine, attention, linear, ranks.node or ranks.count)
+    cluster = cluster_of(machine, kernel, linear, ranks.node or ranks.count)
     chunks, told = None if asked.overlap == "auto" else asked.overlap, ""
     if cluster is None:  # no rates are known: all branches, as many head groups as divide the heads, no chunks
         whole = [t for t in topologies if facts.num_heads % t.ulysses == 0] or topologies

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from dax.bench import costs
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.hardware import MACHINES
@@ -12,12 +13,12 @@ from dax.parallel.messages import Axes
 from dax.parallel.planner import Ranks, predictions, resolve_parallel
 from dax.parallel.topology import Layout, Topology, topologies
 from dax.parallel.window import places
-from dax.plan import Parallel
+from dax.plan import Parallel, Plan
 
 WAN14, WAN1 = FACTS["wan2.1-t2v-14b"], FACTS["wan2.1-t2v-1.3b"]
 S = WAN14.tokens(720, 1280, 81)
-H200 = cluster_of(MACHINES["h200"], "8bit", "8bit")
-L20 = cluster_of(MACHINES["l20"], "8bit", "8bit")
+H200 = cluster_of(MACHINES["h200"], "int8", "8bit")
+L20 = cluster_of(MACHINES["l20"], "int8", "8bit")
 
 
 def first(facts, count, cluster=H200, **options):
@@ -29,6 +30,15 @@ def test_one_rank_takes_the_time_of_the_rates():
     alone = predict(WAN14, S, Topology(), H200)
     assert alone.speedup == 1 and alone.exchange_ms == alone.exposed_ms == alone.tax_ms == 0
     assert alone.layer_ms == pytest.approx(156, abs=1)  # what the parts add up to on an H200
+
+
+@pytest.mark.parametrize("kernel", ["bf16", "cudnn", "sdpa", "flash", "sage", "int8"])
+@pytest.mark.parametrize("linear", ["none", "int8"])
+def test_one_rank_takes_what_a_card_is_expected_to(kernel, linear):
+    """The planner and `dax explain` count one block alike, whatever multiplies; they round its traffic otherwise."""
+    plan = Plan(attention={"kernel": kernel}, linear={"scheme": linear}, blocks={"fused": True})
+    alone = predict(WAN14, S, Topology(), costs.cluster(plan, costs.CARD))
+    assert alone.layer_ms == pytest.approx(costs.block_ms(linear, kernel, "none", True), rel=0.015)
 
 
 def test_branches_first_then_heads_inside_a_node():
