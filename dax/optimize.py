@@ -58,7 +58,8 @@ def optimize(
     edits = Edits()
     with mode_of(transformer):
         try:
-            changes, resolved = apply(resolved, target, here, dtype, edits, wanted.parallel.overlap == "auto", tokens)
+            auto = wanted.parallel.overlap == "auto"
+            changes, resolved, sequences = apply(resolved, target, here, dtype, edits, auto, tokens)
             gate = gate_of(resolved, target, checkpoint, edits)
         except BaseException as error:
             if edits.sealed:
@@ -71,7 +72,7 @@ def optimize(
         changes.append(
             Change("cache.policy", resolved.plan.cache.policy, "transformers", *[len(target.transformers)] * 2)
         )
-    return Engine(target, resolved, changes, edits, gate)
+    return Engine(target, resolved, changes, edits, gate, sequences)
 
 
 def apply(
@@ -82,10 +83,11 @@ def apply(
     edits: Edits,
     auto: bool = False,
     tokens: int | None = None,
-) -> "tuple[list[Change], Resolved]":
+) -> "tuple[list[Change], Resolved, list]":
     """Change the model as a resolved plan says, in this order; every change is in `edits`, counted and checked.
 
-    auto, tokens   for ranks, as in parallel.apply; the plan that comes back says what they found
+    auto, tokens   for ranks, as in parallel.apply; the plan that comes back says what they found, the list holds the
+                   Sequence of each transformer whose tokens they share
     """
     from dax.cache.gate import position
     from dax.compile import apply_compile
@@ -98,7 +100,7 @@ def apply(
     plan = resolved.plan
     total, kernel = len(target.blocks()), plan.attention.kernel
     kernel_for_cross = attention.kernel_for_cross(kernel, machine, dtype, target.facts.head_dim)
-    changes, memory = [], remember_text(target, edits)
+    changes, sequences, memory = [], [], remember_text(target, edits)
     for kind, name in (("self", kernel), ("cross", kernel_for_cross)):
         layers = target.attentions(cross=kind == "cross")
         processor = WanProcessor(attention.backend_of(name), memory)
@@ -123,7 +125,7 @@ def apply(
     if num_ranks() > 1:
         from dax.parallel.apply import apply_parallel
 
-        parts, parallel, said = apply_parallel(
+        parts, parallel, said, sequences = apply_parallel(
             target,
             plan.parallel,
             machine.device,
@@ -142,7 +144,7 @@ def apply(
         changes.append(Change("compile", "blocks", "transformer blocks", count, total))
     for change in changes:
         change.check()
-    return changes, resolved
+    return changes, resolved, sequences
 
 
 def checkpoint_of(target) -> str:
@@ -225,13 +227,14 @@ class Engine:
     A context manager: leaving the block undoes; where original weights are gone, all but them.
     """
 
-    def __init__(self, target, resolved: Resolved, changes: list[Change], edits: Edits, gate=None):
+    def __init__(self, target, resolved: Resolved, changes: list[Change], edits: Edits, gate=None, sequences=()):
         self.plan = resolved.plan
         self.notes = resolved.notes
         self.fallbacks = resolved.fallbacks
         self.changes = tuple(changes)
         self.facts = target.facts
         self.gate = gate  # of the step cache, or None; gate.last is the Report of the last run
+        self.sequences = tuple(sequences)  # parallel.Sequence of each transformer whose tokens ranks share
         self._target = target
         self._edits = edits
 

@@ -89,10 +89,8 @@ def way_rows(job: Job, clock: RanksClock, before) -> list[dict]:
     for way in tried:
         pipe, own = (alone, engine) if way is ONE else arranged(job, transformer, way.parallel)
         if way.window is not None:
-            sequence = pipe.transformer.blocks[0].attn1.processor.backend.sequence
-            if sequence.window:
-                sequence.window.close()  # optimize()'s own
-            sequence.window = window if way.window else None
+            for sequence in own.sequences:
+                sequence.through(window if way.window else None)
         run = call_of(job.facts, job.pixels, pipe.transformer, job.device, way.branches)
         output = run().float()
         if way is ONE:
