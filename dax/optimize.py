@@ -14,7 +14,7 @@ from types import ModuleType
 from weakref import WeakSet
 
 from dax import attention
-from dax.cache.policy import maker
+from dax.cache.policy import Maker
 from dax.edits import Edits
 from dax.errors import DaxError
 from dax.hardware import Machine, machine
@@ -162,7 +162,7 @@ def gate_of(resolved: Resolved, target, checkpoint: str | None, edits: Edits):
     from dax.models.wan_steps import time_embeddings
 
     transformers = target.transformers
-    make = maker(plan.cache, resolved.calibration, target.facts, partial(time_embeddings, transformers[0]))
+    make = Maker(plan.cache, resolved.calibration, target.facts, partial(time_embeddings, transformers[0]))
     residual = plan.cache.reuse == "residual"
     return apply_cache(
         transformers, target.pipe, make, edits, residual=residual, checkpoint=checkpoint, kernels=kernels_of(plan)
