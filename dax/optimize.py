@@ -14,7 +14,7 @@ from types import ModuleType
 from weakref import WeakSet
 
 from dax import attention
-from dax.cache.policy import maker
+from dax.cache.policy import Maker
 from dax.edits import Edits
 from dax.errors import DaxError
 from dax.hardware import Machine, machine
@@ -58,7 +58,8 @@ def optimize(
     edits = Edits()
     with mode_of(transformer):
         try:
-            changes, resolved = apply(resolved, target, here, dtype, edits, wanted.parallel.overlap == "auto", tokens)
+            auto = wanted.parallel.overlap == "auto"
+            changes, resolved, sequences = apply(resolved, target, here, dtype, edits, auto, tokens)
             gate = gate_of(resolved, target, checkpoint, edits)
         except BaseException as error:
             if edits.sealed:
@@ -71,46 +72,70 @@ def optimize(
         changes.append(
             Change("cache.policy", resolved.plan.cache.policy, "transformers", *[len(target.transformers)] * 2)
         )
-    return Engine(target, resolved, changes, edits, gate)
+    return Engine(target, resolved, changes, edits, gate, sequences)
 
 
 def apply(
-    resolved: Resolved,
-    target,
-    machine: Machine,
-    dtype: str,
-    edits: Edits,
-    auto: bool = False,
-    tokens: int | None = None,
-) -> "tuple[list[Change], Resolved]":
+    resolved: Resolved, target, machine: Machine, dtype: str, edits: Edits, auto: bool, tokens: int | None
+) -> "tuple[list[Change], Resolved, list]":
     """Change the model as a resolved plan says, in this order; every change is in `edits`, counted and checked.
 
-    auto, tokens   for ranks, as in parallel.apply; the plan that comes back says what they found
+    auto, tokens   for ranks, as in parallel.apply; the plan that comes back says what they found, the list holds the
+                   Sequence of each transformer whose tokens they share
     """
-    from dax.cache.gate import position
     from dax.compile import apply_compile
-    from dax.models.text_memory import remember_text
     from dax.models.token_time import apply_token_time
-    from dax.models.wan import WanProcessor
-    from dax.models.wan_block import apply_blocks, compile_kernels
-    from dax.offload import apply_turns, bring_together
 
-    plan = resolved.plan
-    total, kernel = len(target.blocks()), plan.attention.kernel
+    changes, sequences = change_attention(resolved.plan, target, machine, dtype, edits), []
+    apply_token_time(target, resolved.plan.blocks.fused, edits)
+    changes += change_linears(resolved, target, edits)
+    changes += change_blocks(resolved.plan, target, machine, edits)
+    if num_ranks() > 1:
+        shared, resolved, sequences = share_out(resolved, target, machine, edits, auto, tokens)
+        changes += shared
+    if resolved.plan.compile == "blocks":
+        blocks = target.blocks()
+        count = apply_compile(blocks, edits, overlap=resolved.plan.parallel.overlap != 0)
+        changes.append(Change("compile", "blocks", "transformer blocks", count, len(blocks)))
+    for change in changes:
+        change.check()
+    return changes, resolved, sequences
+
+
+def change_attention(plan: Plan, target, machine: Machine, dtype: str, edits: Edits) -> "list[Change]":
+    """The kernels of self- and cross-attention, and the text's keys and values remembered."""
+    from dax.models.text_memory import remember_text
+    from dax.models.wan import WanProcessor
+
+    kernel, memory, changes = plan.attention.kernel, remember_text(target, edits), []
     kernel_for_cross = attention.kernel_for_cross(kernel, machine, dtype, target.facts.head_dim)
-    changes, memory = [], remember_text(target, edits)
     for kind, name in (("self", kernel), ("cross", kernel_for_cross)):
         layers = target.attentions(cross=kind == "cross")
         processor = WanProcessor(attention.backend_of(name), memory)
         count = attention.apply_attention(layers, processor, edits)
-        name = processor.backend.name
-        changes.append(Change("attention.kernel", name, f"{kind}-attention layers", count, total))
-    apply_token_time(target, plan.blocks.fused, edits)
-    if plan.linear.active and not resolved.as_stored:
-        from dax.quant import apply_linear
+        what = f"{kind}-attention layers"
+        changes.append(Change("attention.kernel", processor.backend.name, what, count, len(target.blocks())))
+    return changes
 
-        counts = apply_linear(target, target.facts, plan.linear, edits, resolved.scales)
-        changes += [Change("linear.scheme", scheme, "linear layers", count, count) for scheme, count in counts.items()]
+
+def change_linears(resolved: Resolved, target, edits: Edits) -> "list[Change]":
+    """Linear layers into 8 bits, where they are not as stored."""
+    part = resolved.plan.linear
+    if not part.active or resolved.as_stored:
+        return []
+    from dax.quant import apply_linear
+
+    counts = apply_linear(target, target.facts, part, edits, resolved.scales)
+    return [Change("linear.scheme", scheme, "linear layers", count, count) for scheme, count in counts.items()]
+
+
+def change_blocks(plan: Plan, target, machine: Machine, edits: Edits) -> "list[Change]":
+    """Blocks fused; of two experts, where the blocks lie."""
+    from dax.cache.gate import position
+    from dax.models.wan_block import apply_blocks, compile_kernels
+    from dax.offload import apply_turns, bring_together
+
+    changes, total = [], len(target.blocks())
     if moved := bring_together(target, plan.offload, edits):
         changes.append(Change("offload", plan.offload, "tensors of transformer_2 moved beside the first", moved, moved))
     if plan.blocks.fused:
@@ -120,29 +145,22 @@ def apply(
     if plan.offload == "experts":
         count = apply_turns(target, position, edits)
         changes.append(Change("offload", "experts", "pairs of blocks that take turns", count, total // 2))
-    if num_ranks() > 1:
-        from dax.parallel.apply import apply_parallel
+    return changes
 
-        parts, parallel, said = apply_parallel(
-            target,
-            plan.parallel,
-            machine.device,
-            attention.backend_of("sdpa"),
-            attention.Turn(),
-            auto,
-            tokens,
-            plan.compile == "none",
-            edits,
-        )
-        changes += [Change(*part) for part in parts]
-        plan = plan.model_copy(update={"parallel": parallel})
-        resolved = replace(resolved, plan=plan, notes=(*resolved.notes, *said))
-    if plan.compile == "blocks":
-        count = apply_compile(target.blocks(), edits, overlap=plan.parallel.overlap != 0)
-        changes.append(Change("compile", "blocks", "transformer blocks", count, total))
-    for change in changes:
-        change.check()
-    return changes, resolved
+
+def share_out(
+    resolved: Resolved, target, machine: Machine, edits: Edits, auto: bool, tokens: int | None
+) -> "tuple[list[Change], Resolved, list]":
+    """The work over all ranks, see `apply`."""
+    from dax.parallel.apply import apply_parallel
+
+    plan, plain = resolved.plan, attention.backend_of("sdpa")
+    eager = plan.compile == "none"
+    parts, parallel, said, sequences = apply_parallel(
+        target, plan.parallel, machine.device, plain, attention.Turn(), auto, tokens, eager, edits
+    )
+    plan = plan.model_copy(update={"parallel": parallel})
+    return [Change(*part) for part in parts], replace(resolved, plan=plan, notes=(*resolved.notes, *said)), sequences
 
 
 def checkpoint_of(target) -> str:
@@ -160,7 +178,7 @@ def gate_of(resolved: Resolved, target, checkpoint: str | None, edits: Edits):
     from dax.models.wan_steps import time_embeddings
 
     transformers = target.transformers
-    make = maker(plan.cache, resolved.calibration, target.facts, partial(time_embeddings, transformers[0]))
+    make = Maker(plan.cache, resolved.calibration, target.facts, partial(time_embeddings, transformers[0]))
     residual = plan.cache.reuse == "residual"
     return apply_cache(
         transformers, target.pipe, make, edits, residual=residual, checkpoint=checkpoint, kernels=kernels_of(plan)
@@ -225,13 +243,14 @@ class Engine:
     A context manager: leaving the block undoes; where original weights are gone, all but them.
     """
 
-    def __init__(self, target, resolved: Resolved, changes: list[Change], edits: Edits, gate=None):
+    def __init__(self, target, resolved: Resolved, changes: list[Change], edits: Edits, gate=None, sequences=()):
         self.plan = resolved.plan
         self.notes = resolved.notes
         self.fallbacks = resolved.fallbacks
         self.changes = tuple(changes)
         self.facts = target.facts
         self.gate = gate  # of the step cache, or None; gate.last is the Report of the last run
+        self.sequences = tuple(sequences)  # parallel.Sequence of each transformer whose tokens ranks share
         self._target = target
         self._edits = edits
 

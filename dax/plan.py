@@ -110,6 +110,11 @@ class Parallel(Part):
     wire: Literal["auto", "plain", "8bit"] = "auto"  # q, k, v as they are, or as 8-bit attention takes them
     vae: Literal["auto", "split", "none"] = "auto"  # decoded by all ranks, a strip each, or by every rank alone
 
+    @property
+    def wire_bytes(self) -> int:
+        """Of each element of q, k and v on the wire, once that is decided."""
+        return 1 if self.wire == "8bit" else 2
+
 
 class Plan(Part):
     """How a model is to be run. Frozen and hashable; `Plan()` is the preset `exact`."""

@@ -88,7 +88,6 @@ class Backend:
     num_query_operands  of the operands, how many belong to queries: the first ones
     token_align  a rank's share of the tokens begins at a multiple of it
     name     as summaries tell it
-    sequence  the ranks that share the tokens (dax.parallel), or None: they are all here
     """
 
     name: str
@@ -101,7 +100,6 @@ class Backend:
     attend_into: Callable | None = None
     forms: Callable | None = None
     written: tuple[int, ...] = ()
-    sequence: Any = None
 
 
 def backend_of(kernel: str) -> Backend:

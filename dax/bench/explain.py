@@ -144,7 +144,7 @@ def expert_figures(facts: Facts, plan: Plan, steps: int, cached: dict | None) ->
 def expected(plan: Plan, facts: Facts, machine, ranks: Ranks, forwards: int) -> list[dict]:
     """What each way to use all ranks should take, the plan's own first, at rates that such cards were seen to reach."""
     cluster = costs.cluster(plan, machine, ranks.node)
-    wire_bytes = 1 if plan.parallel.wire == "8bit" else 2
+    wire_bytes = plan.parallel.wire_bytes
     own = Topology(plan.parallel.cfg, plan.parallel.ulysses, plan.parallel.rows)
     known = {"cluster": cluster, "wire_bytes": wire_bytes, "eager": plan.compile == "none"}
     (chosen,) = predictions(facts, ranks.tokens, [own], chunks=plan.parallel.overlap, **known)

@@ -106,31 +106,26 @@ def bench(model: str | None, num_layers: int | None, plan: str | None, device: s
 def write(facts, part: Linear, bf16: Path, eight: Path, device: str) -> tuple[tuple[str, str], float]:
     """Both folders, as diffusers and `dax.quant.register()` write them; their digests, and the seconds to quantise."""
     from dax.generate.stages import quiet
-    from dax.quant import QuantLinear, Rule, quantize_, register
+    from dax.quant import QuantLinear, Rule
     from dax.quant.apply import planned
+    from dax.quant.diffusers import DaxConfig, DaxQuantizer
 
-    rules, _ = rules_of(part, facts)
+    config = DaxConfig(rules_of(part, facts)[0], part.granularity)
     with quiet():
         model = build(facts, None, device, facts.num_layers)
         model.save_pretrained(bf16 / "transformer")
         plain = digest(model)
-        plan = planned(model, rules, part.granularity)
+        plan = planned(model, config.rules, config.granularity)
         for name in {tuple(model.get_submodule(name).weight.shape): name for name in plan}.values():
             QuantLinear.from_float(model.get_submodule(name), Rule(part.scheme, part.granularity))  # compiles kernels
         arrived(model)
         start = time.perf_counter()
-        quantize_(model, rules, part.granularity)
+        DaxQuantizer(config, pre_quantized=False).postprocess_model(model)  # as from_pretrained does in the end
         arrived(model)
         seconds = time.perf_counter() - start
-        codes = digest(model)
-        kind = type(model)
-        del model
-        config = register()(rules, part.granularity)
-        model = kind.from_pretrained(
-            bf16 / "transformer", dtype=dtype(), device_map={"": device}, quantization_config=config
-        )
+        model.register_to_config(quantization_config=config)
         model.save_pretrained(eight / "transformer")
-    return (plain, codes), seconds
+        return (plain, digest(model)), seconds
 
 
 def loaded(folder: str, model: str, device: str, weights: str) -> dict:

@@ -87,12 +87,10 @@ def way_rows(job: Job, clock: RanksClock, before) -> list[dict]:
     tried = [ONE, *ways(job.gpus, job.chunks, engine.plan.attention.kernel == "int8", window is not None)]
     ready, errors, readings = {}, {}, {}
     for way in tried:
-        pipe = alone if way is ONE else arranged(job, transformer, way.parallel)[0]
+        pipe, own = (alone, engine) if way is ONE else arranged(job, transformer, way.parallel)
         if way.window is not None:
-            sequence = pipe.transformer.blocks[0].attn1.processor.backend.sequence
-            if sequence.window:
-                sequence.window.close()  # optimize()'s own
-            sequence.window = window if way.window else None
+            for sequence in own.sequences:
+                sequence.through(window if way.window else None)
         run = call_of(job.facts, job.pixels, pipe.transformer, job.device, way.branches)
         output = run().float()
         if way is ONE:
@@ -101,10 +99,10 @@ def way_rows(job: Job, clock: RanksClock, before) -> list[dict]:
         wrong = not errors[way.label] <= SAME
         clock.tell(f"{way.label}: error {errors[way.label]:.4f}" + f", limit {SAME}: not timed" * wrong)
         if not wrong:
-            ready[way.label] = run, pipe.transformer
+            ready[way.label] = run, pipe.transformer, own.plan
     times = {label: [] for label in ready}
     for turn in range(ROUNDS):
-        for label, (run, _) in ready.items():
+        for label, (run, *_) in ready.items():
             ms, readings[label] = clock.sustained_ms(run)
             times[label].append(ms)
             clock.tell(f"round {turn + 1} of {ROUNDS}, {label}: {ms:.1f} ms a call")
@@ -112,12 +110,12 @@ def way_rows(job: Job, clock: RanksClock, before) -> list[dict]:
     for way in tried:
         row = {"label": way.label, "parallel": way.parallel, "window": way.window, "error": errors[way.label]}
         if way.label in ready:
-            run, model = ready[way.label]
+            run, model, plan = ready[way.label]
             blocks, model.blocks = model.blocks, nn.ModuleList()
             around_ms, _ = clock.sustained_ms(run, share=0.1)
             model.blocks = blocks
             row |= line(way, median(times[way.label]), around_ms, job.layers, job.facts)
-            row |= asdict(readings[way.label]) | {"predicted": predicted(way, job, engine.plan)}
+            row |= asdict(readings[way.label]) | {"predicted": predicted(way, job, plan)}
         rows.append(row)
     beside_one(rows, job.gpus)
     for row in rows:
@@ -194,7 +192,7 @@ def beside_one(rows: list[dict], gpus: int) -> None:
 
 
 def predicted(way: Way, job: Job, plan) -> float | None:
-    """The planner's speed-up for a way under a resolved plan; None without a data sheet, and for one GPU."""
+    """The planner's speed-up for a way, resolved as that plan; None without a data sheet, and for one GPU."""
     from dax.hardware import machine
     from dax.parallel.cost import predict
     from dax.parallel.topology import Topology
@@ -204,6 +202,5 @@ def predicted(way: Way, job: Job, plan) -> float | None:
         return None
     parallel, tokens = way.parallel, job.facts.tokens(**job.pixels)
     topology = Topology(parallel["cfg"], parallel["ulysses"], parallel["rows"])
-    wire_bytes = 1 if plan.attention.kernel == "int8" and parallel.get("wire") != "plain" else 2
     chunks, window = parallel.get("overlap", 0), bool(way.window)
-    return predict(job.facts, tokens, topology, cluster, chunks, wire_bytes, window=window).speedup
+    return predict(job.facts, tokens, topology, cluster, chunks, plan.parallel.wire_bytes, window=window).speedup

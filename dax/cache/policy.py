@@ -1,12 +1,11 @@
 """From a plan's words under `cache.` to a step plan: what each policy needs, what it is refused for, what it falls to.
 
-`resolve_cache` decides what can be decided from the model alone, before anything loads; `maker` gives the function that
-makes the table once the loop's steps and noise levels are known. Neither imports torch.
+`resolve_cache` decides what can be decided from the model alone, before anything loads; `Maker` makes the table once
+the loop's steps and noise levels are known. Neither imports torch.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 
 from dax.cache import magcache, teacache
 from dax.cache.artifact import Artifact, find
@@ -81,47 +80,86 @@ def calibration_of(cache: Cache, model: str, checkpoint: str | None, kernels: st
     return found
 
 
-def maker(cache: Cache, found: Artifact | None, facts: Facts, embeddings: Callable | None = None) -> Callable:
-    """make(setting, sigmas, timesteps, train_steps) -> StepPlan for a resolved part and its calibration, see `Gate`.
+@dataclass(frozen=True)
+class Maker:
+    """Makes tables for a resolved part and the calibration it goes by; what a Gate asks when a run begins.
 
     embeddings   (timesteps, projected) -> [steps, C] fp32 time embeddings of the model; without it a TeaCache plan is
-                 known only if the calibration holds its numbers, else make returns None
+                 known only if the calibration holds its numbers, else the table is None
     """
-    return partial(make, cache, found, facts, embeddings)
 
+    cache: Cache
+    found: Artifact | None
+    facts: Facts
+    embeddings: Callable | None = None
 
-def make(
-    cache: Cache, found: Artifact | None, facts: Facts, embeddings: Callable | None,
-    setting: Setting, sigmas: Sequence[float] | None, timesteps=None, train_steps: int | None = None,
-) -> StepPlan | None:  # fmt: skip
-    """The table of one run, see `maker`: the policy's steps, then guidance, then where a second expert begins.
+    def __call__(
+        self, setting: Setting, sigmas: Sequence[float] | None, timesteps=None, train_steps: int | None = None
+    ) -> StepPlan | None:
+        """The table of one run: the policy's steps, then guidance, then where a second expert begins.
 
-    sigmas, timesteps   of each step: floats, and a tensor of a scheduler of so many `train_steps`; None: not known
-    DaxError("bad_request") for a run that the policy, or what it goes by, is not for.
-    """
-    if setting.steps is None:
-        raise unknown("number of steps is")
-    if sigmas is None and setting.flow_shift is not None:
-        sigmas = flow_sigmas(setting.steps, setting.flow_shift)
-    if cache.policy == "calibrated":
-        plan = found.rung(cache.budget, cache.min_psnr).plan
-        plan.check(setting)
-    elif cache.policy == "mask":
-        mask = check_mask(cache.mask, "cache.mask")
-        if len(mask) != setting.steps:
-            raise DaxError("bad_request", f"cache.mask has {len(mask)} letters, the run has {setting.steps} steps")
-        plan = StepPlan.of_mask(mask, "mask")
-    elif cache.policy == "magcache":
-        plan = magcache_plan(cache, found, facts.name, sigmas)
-    else:
-        plan = teacache_plan(cache, found, facts.name, setting, timesteps, embeddings)
-    if plan is None:
-        return None
-    plan = guided(plan, cache)
-    if facts.num_experts == 1:
-        return plan
-    shares = facts.expert_steps(sigmas, 1) if timesteps is None else facts.expert_steps(timesteps.tolist(), train_steps)
-    return plan.restarted(shares[0])  # nothing of the second is predicted from the first
+        sigmas, timesteps   of each step: floats, and a tensor of a scheduler of so many `train_steps`; None: not known
+        DaxError("bad_request") for a run that the policy, or what it goes by, is not for.
+        """
+        cache, facts = self.cache, self.facts
+        if setting.steps is None:
+            raise unknown("number of steps is")
+        if sigmas is None and setting.flow_shift is not None:
+            sigmas = flow_sigmas(setting.steps, setting.flow_shift)
+        if cache.policy == "calibrated":
+            plan = self.found.rung(cache.budget, cache.min_psnr).plan
+            plan.check(setting)
+        elif cache.policy == "mask":
+            mask = check_mask(cache.mask, "cache.mask")
+            if len(mask) != setting.steps:
+                raise DaxError("bad_request", f"cache.mask has {len(mask)} letters, the run has {setting.steps} steps")
+            plan = StepPlan.of_mask(mask, "mask")
+        elif cache.policy == "magcache":
+            plan = self.by_magcache(sigmas)
+        else:
+            plan = self.by_teacache(setting, timesteps)
+        if plan is None:
+            return None
+        plan = guided(plan, cache)
+        if facts.num_experts == 1:
+            return plan
+        known = (sigmas, 1) if timesteps is None else (timesteps.tolist(), train_steps)
+        return plan.restarted(facts.expert_steps(*known)[0])  # nothing of the second is predicted from the first
+
+    def by_magcache(self, sigmas: Sequence[float] | None) -> StepPlan:
+        """By the calibrated or published ratios, moved to the noise levels of the run."""
+        if sigmas is None:
+            raise unknown("noise levels are")
+        cache, found = self.cache, self.found
+        ratios = found.magcache if found else magcache.PUBLISHED[self.facts.name]
+        own = found.sigmas if found else flow_sigmas(len(ratios.cond), ratios.flow_shift)
+        here = ratios.at(sigmas, own)
+        made_by = f"MagCache {cache.threshold:g}/{cache.max_skips}, {'calibrated' if found else 'published'}"
+        if here is not ratios:
+            made_by += f", interpolated from {len(own)} steps at shift {ratios.flow_shift:g}"
+        mask = magcache.magcache_mask(here.cond, cache.threshold, cache.max_skips, cache.retention)
+        return StepPlan.of_mask(mask, made_by)
+
+    def by_teacache(self, setting: Setting, timesteps) -> StepPlan | None:
+        """By the calibrated or published polynomial, where it was fitted; None if it takes embeddings not here."""
+        cache, found = self.cache, self.found
+        polynomial = found.teacache if found else teacache.PUBLISHED[self.facts.name][cache.ret_steps]
+        if wrong := polynomial.setting.differences(setting, but=("kernels", "scheduler", "guidance_scale")):
+            raise DaxError(
+                "bad_request",
+                f"cache.policy = teacache: its polynomial was fitted where {', '.join(wrong)}; change the request, "
+                f"{CALIBRATE}, or take another policy",
+            )
+        if found:
+            moved = found.moved
+        elif self.embeddings is None:
+            return None
+        elif timesteps is None:
+            raise unknown("timesteps are")
+        else:
+            moved = teacache.changes(self.embeddings(timesteps, polynomial.projected))
+        mask = teacache.teacache_mask(moved, polynomial, cache.threshold, *teacache.RETAINED[cache.ret_steps])
+        return StepPlan.of_mask(mask, f"TeaCache {cache.threshold:g}, {'calibrated' if found else 'published'}")
 
 
 def unknown(what: str) -> DaxError:
@@ -138,40 +176,3 @@ def guided(plan: StepPlan, cache: Cache) -> StepPlan:
         made_by += f", no guidance in the last {cache.drop_uncond} steps"
     uncond = guidance_rows(plan.cond, cache.uncond_every, cache.drop_uncond)
     return replace(plan, uncond=uncond, made_by=made_by, reuse=cache.reuse)
-
-
-def magcache_plan(cache: Cache, found: Artifact | None, model: str, sigmas: Sequence[float] | None) -> StepPlan:
-    """By the calibrated or published ratios, moved to the noise levels of the run."""
-    if sigmas is None:
-        raise unknown("noise levels are")
-    ratios = found.magcache if found else magcache.PUBLISHED[model]
-    own = found.sigmas if found else flow_sigmas(len(ratios.cond), ratios.flow_shift)
-    here = ratios.at(sigmas, own)
-    made_by = f"MagCache {cache.threshold:g}/{cache.max_skips}, {'calibrated' if found else 'published'}"
-    if here is not ratios:
-        made_by += f", interpolated from {len(own)} steps at shift {ratios.flow_shift:g}"
-    mask = magcache.magcache_mask(here.cond, cache.threshold, cache.max_skips, cache.retention)
-    return StepPlan.of_mask(mask, made_by)
-
-
-def teacache_plan(
-    cache: Cache, found: Artifact | None, model: str, setting: Setting, timesteps, embeddings: Callable | None
-) -> StepPlan | None:
-    """By the calibrated or published polynomial, where it was fitted; None if it takes embeddings that are not here."""
-    polynomial = found.teacache if found else teacache.PUBLISHED[model][cache.ret_steps]
-    if wrong := polynomial.setting.differences(setting, but=("kernels", "scheduler", "guidance_scale")):
-        raise DaxError(
-            "bad_request",
-            f"cache.policy = teacache: its polynomial was fitted where {', '.join(wrong)}; change the request, "
-            f"{CALIBRATE}, or take another policy",
-        )
-    if found:
-        moved = found.moved
-    elif embeddings is None:
-        return None
-    elif timesteps is None:
-        raise unknown("timesteps are")
-    else:
-        moved = teacache.changes(embeddings(timesteps, polynomial.projected))
-    mask = teacache.teacache_mask(moved, polynomial, cache.threshold, *teacache.RETAINED[cache.ret_steps])
-    return StepPlan.of_mask(mask, f"TeaCache {cache.threshold:g}, {'calibrated' if found else 'published'}")

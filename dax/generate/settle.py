@@ -115,8 +115,8 @@ def settle(job: Job) -> Settled:
     kept = others * dtype.itemsize + experts_bytes(facts, resolved.plan, dtype.itemsize, bool(checked.stored))
     if here.device == "cuda" and resolved.plan.compile == "none":
         part = resolved.plan.parallel
-        topology, wire_bytes = Topology(part.cfg, part.ulysses, part.rows), 1 if part.wire == "8bit" else 2
-        kept += window_bytes(facts, shares.tokens, topology, wire_bytes)
+        topology = Topology(part.cfg, part.ulysses, part.rows)
+        kept += window_bytes(facts, shares.tokens, topology, part.wire_bytes)
     check_memory(facts, request, kept, dtype.itemsize, here.memory_gib)
     schedule(resolved.plan.cache, resolved.calibration, facts, request, checkpoint)
     measured = read_measured(job.plan) if job.plan else None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dax.cache.artifact import Artifact
 from dax.cache.checkpoint import TENSOR, folder_digest, joint_digest
-from dax.cache.policy import maker
+from dax.cache.policy import Maker
 from dax.cache.step_plan import Setting, flow_sigmas
 from dax.facts import Facts
 from dax.generate.checkpoint import check_dtypes, read_weights
@@ -30,4 +30,4 @@ def schedule(cache: Cache, calibration: Artifact | None, facts: Facts, request, 
     if cache.policy == "none":
         return None
     setting = Setting(request.steps, None, request.flow_shift, request.guidance_scale, checkpoint)
-    return maker(cache, calibration, facts)(setting, flow_sigmas(request.steps, request.flow_shift))
+    return Maker(cache, calibration, facts)(setting, flow_sigmas(request.steps, request.flow_shift))

@@ -15,7 +15,8 @@ from dax.parallel.window import opened
 def apply_parallel(target, parallel, device: str, plain, turn, auto: bool, tokens: int | None, eager: bool, edits):
     """Share the work of `target` out over all ranks; collective.
 
-    Returns ([(key, value, what, count, total) of each part], the plan's part, what was found out on the way: lines).
+    Returns ([(key, value, what, count, total) of each part], the plan's part, what was found out on the way: lines, the
+    Sequence of each transformer whose tokens are shared).
 
     target     .pipe, .transformers, .facts, .blocks(), .attentions(cross)
     parallel   the plan's part, every key decided
@@ -26,7 +27,7 @@ def apply_parallel(target, parallel, device: str, plain, turn, auto: bool, token
     """
     topology = Topology(parallel.cfg, parallel.ulysses, parallel.rows)
     mesh = meshes.build(topology, device)
-    window, said, way, shared_layers, all_blocks, divided = None, [], None, 0, 0, 0
+    window, said, way, sequences, shared_layers, all_blocks, divided = None, [], None, [], 0, 0, 0
     pixels = target.facts.defaults
     size = tokens or target.facts.tokens(pixels.height, pixels.width, pixels.num_frames)
     if topology.sequence > 1 and eager:
@@ -55,6 +56,7 @@ def apply_parallel(target, parallel, device: str, plain, turn, auto: bool, token
                         window.close()
                 parallel = parallel.model_copy(update={"overlap": way.chunks})
             sequence.window = way.window
+            sequences.append(sequence)
             for layer in layers:
                 backend = shared(layer.processor.backend, sequence, way.chunks, travel)
                 edits.set_attribute(layer, "processor", layer.processor.around(backend))
@@ -72,4 +74,4 @@ def apply_parallel(target, parallel, device: str, plain, turn, auto: bool, token
     if parallel.vae == "split" and getattr(target.pipe, "vae", None) is not None:
         count = apply_vae(target.pipe.vae, mesh.world, edits)
         changes.append(("parallel.vae", "split", "layers of the VAE's decoder that look sideways", count, count))
-    return changes, parallel, said
+    return changes, parallel, said, sequences

@@ -88,7 +88,8 @@ def resolve_parallel(
     topologies = complete(degrees, ranks.count, facts.num_heads, ranks.guided and joint)
     if asked.wire == "8bit" and not travels:
         raise DaxError("bad_request", "parallel.wire = 8bit: this attention kernel has no 8-bit operands; use plain")
-    wire = ("8bit" if travels else "plain") if asked.wire == "auto" else asked.wire
+    if asked.wire == "auto":
+        asked = asked.model_copy(update={"wire": "8bit" if travels else "plain"})
     if ranks.count == 1:
         return asked.model_copy(update=dict.fromkeys(DEGREES, 1) | {"overlap": 0, "wire": "plain", "vae": "none"}), []
     if ranks.tokens is not None:
@@ -104,12 +105,11 @@ def resolve_parallel(
         whole = [t for t in topologies if facts.num_heads % t.ulysses == 0] or topologies
         topology, chunks = max(whole, key=lambda t: (t.cfg, t.ulysses)), chunks or 0
     else:
-        bytes_each, branches = 1 if wire == "8bit" else 2, 1 + ranks.guided
-        found = predictions(facts, tokens, topologies, cluster, chunks, bytes_each, branches, eager)
+        found = predictions(facts, tokens, topologies, cluster, chunks, asked.wire_bytes, 1 + ranks.guided, eager)
         topology, chunks = found[0].topology, found[0].chunks
         told = f"; predicted {found[0].speedup:.2f} times one ({found[0].efficiency_pct:.0f} %)"
     vae = "split" if asked.vae == "auto" else asked.vae
-    decided = {name: getattr(topology, name) for name in DEGREES} | {"overlap": chunks, "wire": wire, "vae": vae}
+    decided = {name: getattr(topology, name) for name in DEGREES} | {"overlap": chunks, "vae": vae}
     return asked.model_copy(update=decided), [
-        f"parallel: {topology} on {ranks.count} ranks, {chunks} head chunks, {wire} wire{told}"
+        f"parallel: {topology} on {ranks.count} ranks, {chunks} head chunks, {asked.wire} wire{told}"
     ]

@@ -22,6 +22,12 @@ class Sequence:
         self.layout: Layout | None = None
         self.window = None
 
+    def through(self, window) -> None:
+        """Exchange through another window from now on, or None; the one before gives its memory back. Collective."""
+        if self.window:
+            self.window.close()
+        self.window = window
+
     def begin(self, tokens: int) -> None:
         """A forward of that many tokens starts. DaxError("bad_request") if they cannot be shared out."""
         if self.layout is None or self.layout.tokens != tokens:

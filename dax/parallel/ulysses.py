@@ -69,9 +69,7 @@ def shared(backend, sequence, chunks: int = 0, travel=None):
         straight = backend.attend_into and travel is backend and exchange.carrier is sequence.window
         return exchange.attend(run, into if straight else None)
 
-    return replace(
-        backend, stats=stats, prepare=prepare, attend=attend, attend_into=None, written=(), sequence=sequence
-    )
+    return replace(backend, stats=stats, prepare=prepare, attend=attend, attend_into=None, written=())
 
 
 def prepared_here(backend, operands, turn, scale):

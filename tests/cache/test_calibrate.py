@@ -13,7 +13,7 @@ from dax.cache.artifact import find, load
 from dax.cache.calibrate import Effort, noise_floor, notes
 from dax.cache.checkpoint import folder_digest
 from dax.cache.optimal import Trajectory
-from dax.cache.policy import maker, resolve_cache
+from dax.cache.policy import Maker, resolve_cache
 from dax.cache.step_plan import Setting, flow_sigmas
 from dax.errors import DaxError
 from dax.facts import FACTS
@@ -158,7 +158,7 @@ def test_the_cheapest_rung_that_holds_a_fidelity(calibrated):
 def test_without_a_calibration_a_published_model_falls_to_its_mask_by_name():
     cache, found, _, fallbacks = resolve_cache(Cache(policy="calibrated"), "wan2.1-t2v-14b", "b" * 64, "exact")
     assert found is None and cache.policy == "magcache" and "the published mask of wan2.1-t2v-14b" in fallbacks[0]
-    plan = maker(cache, None, FACTS["wan2.1-t2v-14b"])(Setting(50, flow_shift=5.0), None)
+    plan = Maker(cache, None, FACTS["wan2.1-t2v-14b"])(Setting(50, flow_shift=5.0), None)
     assert plan.mask() == "11111111110000001000000100000010000010000100100101"
     assert sum(plan.computed.values()) == 36 and "published" in plan.made_by
 
@@ -171,7 +171,7 @@ def test_fast_is_balanced_with_steps_predicted():
 
 def test_published_teacache_is_refused_outside_its_setting():
     cache = resolve_cache(Cache(policy="teacache"), "wan2.1-t2v-14b", "b" * 64, "exact")[0]
-    make = maker(cache, None, FACTS["wan2.1-t2v-14b"])
+    make = Maker(cache, None, FACTS["wan2.1-t2v-14b"])
     assert make(Setting(50, flow_shift=5.0), flow_sigmas(50, 5.0)) is None  # the time embedding decides
     for setting, says in (
         (Setting(20, flow_shift=5.0), "steps is 50, not 20"),
@@ -189,7 +189,7 @@ def test_teacache_asks_the_model_for_its_embeddings():
         asked.append(projected)
         return torch.cumsum(torch.full((50, 8), 0.03), 0) + 1
 
-    plan = maker(cache, None, FACTS["wan2.1-t2v-14b"], embeddings)(
+    plan = Maker(cache, None, FACTS["wan2.1-t2v-14b"], embeddings)(
         Setting(50, flow_shift=5.0), flow_sigmas(50, 5.0), "t"
     )
     assert asked == [True] and plan.mask().startswith("11111") and "0" in plan.mask()
@@ -205,7 +205,7 @@ def test_teacache_asks_the_model_for_its_embeddings():
 )
 def test_a_transformer_without_its_pipeline_is_refused_what_only_the_scheduler_knows(policy, says, setting):
     cache = Cache(policy=policy, mask="1" * 50 * (policy == "mask"))
-    make = maker(cache, None, FACTS["wan2.1-t2v-14b"], embeddings=lambda *_: pytest.fail("asked"))
+    make = Maker(cache, None, FACTS["wan2.1-t2v-14b"], embeddings=lambda *_: pytest.fail("asked"))
     with pytest.raises(DaxError, match=f"the {says} unknown: optimize the pipeline"):
         make(setting, None)
 
@@ -338,5 +338,5 @@ def test_what_ships_for_the_embedded_model():
     assert [sum(rung.plan.computed.values()) for rung in shipped.rungs] == [50, 40, 32, 24, 22, 20]
     for preset, made_by in (("fast", "calibrated"), ("original", "TeaCache 0.1, calibrated")):
         cache, found, _, _ = resolve_cache(Plan.load(preset).cache, "tiny", shipped.setting.checkpoint, "exact")
-        plan = maker(cache, found, FACTS["tiny"])(Setting(50, flow_shift=3.0, guidance_scale=4.0), None)
+        plan = Maker(cache, found, FACTS["tiny"])(Setting(50, flow_shift=3.0, guidance_scale=4.0), None)
         assert plan.made_by.startswith(made_by) and sum(plan.computed.values()) <= 40

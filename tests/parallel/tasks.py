@@ -363,13 +363,30 @@ def windowed(parallel):
         messages = run_pipe(pipe)
     with seen_on_cpus():
         engine = dax.optimize(pipe, attention={"kernel": "sdpa"}, parallel=parallel)
-    windows = {block.attn1.processor.backend.sequence.window for block in pipe.transformer.blocks}
+    (window,) = {sequence.window for sequence in engine.sequences}
     with mock.patch.object(Window, "give_back", autospec=True, side_effect=Window.give_back) as given:
         together = run_pipe(pipe)
-    (window,) = windows
     held = len(window.held)
     engine.undo()
     return relative(together, alone), torch.equal(together, messages), given.call_count, held - len(window.held)
+
+
+def switched(parallel):
+    """(whether the latents stay bit for bit when the engine's exchanges go through a window instead, chunks that went
+    through it, memories that it gave back when they became messages again, chunks that went through it then)"""
+    import dax
+
+    pipe, window = build_pipe(), Window(Wire(dist.group.WORLD), "cpu")
+    with (
+        dax.optimize(pipe, attention={"kernel": "sdpa"}, parallel=parallel) as engine,
+        mock.patch.object(Window, "give_back", autospec=True, side_effect=Window.give_back) as given,
+    ):
+        (sequence,), messages = engine.sequences, run_pipe(pipe)
+        sequence.through(window)
+        same, chunks, held = torch.equal(run_pipe(pipe), messages), given.call_count, len(window.held)
+        sequence.through(None)
+        same = same and torch.equal(run_pipe(pipe), messages)
+    return same, chunks, held - len(window.held), given.call_count - chunks
 
 
 def model(parallel, guidance_scale=4.0, kernel="sdpa", heads=12):

@@ -35,6 +35,12 @@ def test_and_through_a_window(ranks, count, parallel):
         assert freed == 2, "operands and output"
 
 
+def test_an_engine_is_switched_to_a_window_and_back(ranks):
+    """Of 2 layers, 2 steps and 2 branches."""
+    found = ranks(2).run(tasks.switched, {"cfg": 1, "ulysses": 2, "overlap": 0})
+    assert set(found) == {(True, 8, 2, 0)}
+
+
 @pytest.mark.parametrize(
     "case",
     [

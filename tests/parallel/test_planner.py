@@ -110,7 +110,9 @@ def test_a_plan_is_resolved_without_a_data_sheet():
 def test_what_is_asked_is_kept_or_refused():
     h200 = MACHINES["h200"]
     plan, _ = resolve_parallel(Parallel(cfg=1, overlap=3), WAN14, h200, Ranks(4), travels=True)
-    assert (plan.cfg, plan.ulysses * plan.rows, plan.overlap, plan.wire) == (1, 4, 3, "8bit")
+    assert (plan.cfg, plan.ulysses * plan.rows, plan.overlap, plan.wire, plan.wire_bytes) == (1, 4, 3, "8bit", 1)
+    plan, _ = resolve_parallel(Parallel(wire="plain"), WAN14, h200, Ranks(4), travels=True)
+    assert (plan.wire, plan.wire_bytes) == ("plain", 2)
     with pytest.raises(DaxError, match="parallel.wire = 8bit: this attention kernel has no"):
         resolve_parallel(Parallel(wire="8bit"), WAN14, h200, Ranks(2), travels=False)
     with pytest.raises(DaxError, match="320 tokens in blocks of 128 do not give each of 4 ranks a share"):
