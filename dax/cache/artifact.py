@@ -125,7 +125,8 @@ def load(path: Path) -> Artifact:
 def find(name: str, checkpoint: str | None, kernels: str | None = None) -> Artifact | None:
     """The artifact of a file, of a digest ("sha256:...", shipped), or, for "auto", the shipped one of a checkpoint.
 
-    None if nothing is shipped for that checkpoint; of several, the one for these kernels, else the one for exact ones.
+    None if nothing is shipped for that checkpoint; of several, the one for exact kernels, which serves all (see
+    docs/step_caching.md), else the one for these.
     """
     if name != "auto" and not name.startswith("sha256:"):
         return load(Path(name))
@@ -136,4 +137,4 @@ def find(name: str, checkpoint: str | None, kernels: str | None = None) -> Artif
                 return artifact
         raise DaxError("bad_request", f"cache.file {name[:19]}...: no calibration of that digest ships: give its file")
     found = [a for a in shipped if checkpoint is not None and a.setting.checkpoint == checkpoint]
-    return min(found, key=lambda a: (a.setting.kernels != kernels, a.setting.kernels != "exact"), default=None)
+    return min(found, key=lambda a: (a.setting.kernels != "exact", a.setting.kernels != kernels), default=None)

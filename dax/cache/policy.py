@@ -49,10 +49,12 @@ def resolve_cache(
         rung = found.rung(cache.budget, cache.min_psnr)
         notes.append(f"cache: {rung.plan.made_by}, {rung.psnr_db:.1f} dB on held-out prompts")
         notes += [f"cache: {text}" for text in found.notes]
-        if found.setting.kernels != kernels:
+        if found.setting.kernels == "exact" != kernels:
+            notes.append("cache: calibrated on exact kernels, where no noise hides what a step costs")
+        elif found.setting.kernels != kernels:
             fallbacks.append(
                 f"cache.policy = calibrated: the plan was calibrated on other kernels ({found.setting.kernels}) than "
-                f"these ({kernels}); {CALIBRATE} with this plan"
+                f"these ({kernels}); {CALIBRATE} with this plan, or with exact"
             )
     return cache.model_copy(update=update), found, notes, fallbacks
 

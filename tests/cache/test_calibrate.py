@@ -127,12 +127,23 @@ def test_generate_reports_what_was_computed_and_saved_nothing(calibrated, tmp_pa
     assert found["warnings"] == ["step cache: it never fired (mask): every forward was computed"]
 
 
-def test_other_kernels_are_named_and_refused_when_strict(calibrated):
+def test_other_kernels_are_named_and_refused_when_strict(calibrated, tmp_path):
+    """But for exact ones: what was calibrated on them serves all."""
     artifact, path = calibrated
-    wanted = Cache(policy="calibrated", file=str(path), budget=0.5)
-    same = resolve_cache(wanted, "tiny", artifact.setting.checkpoint, "exact")
-    other = resolve_cache(wanted, "tiny", artifact.setting.checkpoint, "int8 linears")
-    assert same[3] == [] and "calibrated on other kernels (exact) than these (int8 linears)" in other[3][0]
+    noisy = replace(artifact, setting=replace(artifact.setting, kernels="int8 linears"))
+    noisy.save(tmp_path / "noisy.json")
+
+    def resolved(path, kernels):
+        wanted = Cache(policy="calibrated", file=str(path), budget=0.5)
+        return resolve_cache(wanted, "tiny", artifact.setting.checkpoint, kernels)[2:]
+
+    (same, nothing), (served, also) = resolved(path, "exact"), resolved(path, "int8 linears")
+    assert nothing == also == [] and [text for text in served if text not in same] == [
+        "cache: calibrated on exact kernels, where no noise hides what a step costs"
+    ]
+    assert resolved(tmp_path / "noisy.json", "int8 linears")[1] == []
+    (other,) = resolved(tmp_path / "noisy.json", "int8 attention")[1]
+    assert "calibrated on other kernels (int8 linears) than these (int8 attention)" in other
 
 
 def test_what_a_policy_needs_and_lacks_is_named(calibrated):
@@ -323,10 +334,11 @@ def test_artifacts_are_found_by_digest_and_kernels(calibrated, tmp_path, monkeyp
     artifact.save(tmp_path / "tiny.exact.json"), other.save(tmp_path / "tiny.int8.json")
     monkeypatch.setattr("dax.cache.artifact.SHIPPED", tmp_path)
     checkpoint = artifact.setting.checkpoint
-    assert find("auto", checkpoint, "int8 linears") == other and find("auto", checkpoint, "exact") == artifact
+    assert find("auto", checkpoint, "int8 linears") == find("auto", checkpoint, "exact") == artifact
     assert find("auto", "b" * 64) is None and find(f"sha256:{other.digest()}", None) == other
-    (tmp_path / "tiny.int8.json").rename(tmp_path / "tiny.8-bit.json")
-    assert find("auto", checkpoint, "sage attention") == artifact
+    noisier = replace(artifact, setting=replace(artifact.setting, kernels="int8 attention"))
+    noisier.save(tmp_path / "tiny.exact.json")
+    assert find("auto", checkpoint, "int8 linears") == other and find("auto", checkpoint, "int8 attention") == noisier
     with pytest.raises(DaxError, match="no calibration of that digest ships"):
         find("sha256:" + "0" * 64, None)
 
