@@ -46,10 +46,21 @@ class Turns:
         for block, copies in zip(self.tensors[1], self.host[1]):
             point(block, copies)
 
+    def cast(self, i: int) -> tuple | None:
+        """(dtype then, dtype now) of a tensor of block i that was cast, and so has left the slots; None without one."""
+        for block in (blocks[i] for blocks in self.tensors):
+            for tensor, slot in zip(block, self.slots[i]):
+                if tensor.dtype != slot.dtype:
+                    return slot.dtype, tensor.dtype
+        return None
+
     def end(self) -> None:
-        """Both as they were before."""
+        """Both as they were before; blocks that were cast meanwhile stay what they are, on the first one's device."""
         for i in range(len(self.resident)):
-            self.bring(0, i)
+            if self.cast(i):
+                point(self.tensors[0][i], [tensor.data.to(self.device, copy=True) for tensor in self.tensors[0][i]])
+            else:
+                self.bring(0, i)
         if self.stream is not None:
             self.stream.synchronize()
         homes = iter(self.homes)
@@ -58,9 +69,18 @@ class Turns:
                 tensor.data = tensor.data.to(next(homes), copy=True)  # and the host buffer goes
 
     def bring(self, expert: int, i: int) -> None:
-        """Block i of an expert into the device's tensors, after whatever is queued to run in them."""
+        """Block i of an expert into the device's tensors, after whatever is queued to run in them.
+
+        DaxError("bad_request") if either was cast since they began to take turns.
+        """
         if self.resident[i] == expert:
             return
+        if cast := self.cast(i):
+            raise DaxError(
+                "bad_request",
+                f"offload = experts: blocks.{i} was cast from {cast[0]} to {cast[1]} while experts take turns: call "
+                "engine.undo(), which leaves it cast, and optimize again",
+            )
         with self.beside() as event:
             for slot, source in zip(self.slots[i], self.host[expert][i]):
                 slot.copy_(source, non_blocking=True)

@@ -274,7 +274,9 @@ class Engine:
         return "\n".join(lines)
 
     def undo(self) -> None:
-        """Give the model back as it was, the same objects bit for bit. Twice is harmless.
+        """Give the model back as it was, the same objects bit for bit; if it was cast meanwhile, all of it as cast.
+
+        Twice is harmless.
 
         DaxError("bad_request"), with nothing undone, where original weights are gone or were never here.
         """

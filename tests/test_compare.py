@@ -10,6 +10,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from PIL import ImageDraw
 
 from dax.bench import compare_run
 from dax.bench.compare import Job, compare
@@ -17,6 +18,7 @@ from dax.bench.compare_files import check_folder, write_report
 from dax.bench.compare_page import error_map, page, shrink
 from dax.bench.compare_record import Comparison
 from dax.bench.compare_run import keys_of
+from dax.bench.compare_sheet import glyph, sheet
 from dax.bench.compare_variants import FLOOR, Arrangement, arrangements
 from dax.bench.plots import Series, bars, curves
 from dax.bench.prompts import default_prompts, read_prompts
@@ -272,6 +274,30 @@ def test_the_sheet_shows_every_plan(report, job):
         pixels = np.asarray(picture.convert("RGB"))
     rows = [r for r in np.abs(pixels[46:, 230:].astype(int) - 255).sum((1, 2)).nonzero()[0]]
     assert len(rows) >= 2 * 128 - 2
+
+
+def test_the_sheet_writes_nothing_that_its_font_lacks(report, monkeypatch):
+    """Prompts and plans' names are the user's: a box in their place would say nothing."""
+    comparison, clips = report
+    plan = comparison.variant("skip")
+    variants = [*comparison.variants[:-1], plan.model_copy(update={"name": "schnell-für-★"})]
+    prompts = ["a ★ ☆ étoile –\tfilante\u200b ✨\ufe0f 2 × “plus” vite…", "一只猫 runs"]
+    starry = comparison.model_copy(update={"prompts": prompts, "variants": variants})
+    written, draw = [], ImageDraw.ImageDraw.text
+
+    def text(self, at, words, ink, font):
+        written.append(words)
+        box = glyph("\U0010ffff", font)
+        assert [letter for letter in words if glyph(letter, font) == box] == []
+        draw(self, at, words, ink, font)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    for prompt in range(2):
+        sheet(starry, {**clips, "schnell-für-★": clips["skip"]}, prompt)
+    assert "1. “a ? ? etoile ? filante ? 2 ? “plus” vite…”" in written and "2. “??? runs”" in written
+    assert "schnell-fur-?" in written and "exact" in written
+    sheet(comparison, clips, 0)
+    assert "“a red circle moves right over a black background”" in written
 
 
 def test_the_command_line_ends_in_one_line_and_a_code(job, tmp_path):

@@ -63,7 +63,7 @@ def test_the_gate_refuses_what_was_measured_lower_elsewhere_or_never(tuned, tmp_
     plain.write_text("cache:\n  policy: mask\n  mask: '1101'\n")
     never = {"given": {**GIVEN, "steps": 4}, "min_psnr": 29.0}
     cases = [
-        (tuned(), {"min_psnr": 31.0}, 8, "measured at 30.0 dB (p10 28.5) on 16 held-out prompts"),
+        (tuned(), {"min_psnr": 31.0}, 8, "measured at 30.0 dB, p10 28.5 (28 is needed), on 16 held-out prompts"),
         (tuned(), {"min_psnr": 29.0, "sets": ("cache.mask=1011",)}, 8, "other kernels (cache.mask = 1011"),
         (tuned(), {"min_psnr": 29.0, "given": {**GIVEN, "steps": 4, "height": 48}}, 8, "another request (height 48"),
         (tuned(), {"min_psnr": 29.0, "loras": (lora(tmp_path),)}, 8, "other weights (a LoRA is added"),
@@ -77,10 +77,12 @@ def test_the_gate_refuses_what_was_measured_lower_elsewhere_or_never(tuned, tmp_
         assert not (tmp_path / "clip.npz").exists()
     with pytest.raises(DaxError, match="another model"):
         run(tuned(model_digest="0" * 64), tmp_path / "clip.npz", min_psnr=29.0)
+    with pytest.raises(DaxError, match=r"at 30.0 dB, p10 26.9 \(27 is needed\)"):  # the mean alone would pass
+        run(tuned(psnr_p10_db=26.9), tmp_path / "clip.npz", min_psnr=30.0)
 
 
 def test_the_gate_lets_through_what_holds_it(tuned, tmp_path):
-    record = run(tuned(), tmp_path / "a.npz", min_psnr=30.0)
+    record = run(tuned(psnr_p10_db=27.0), tmp_path / "a.npz", min_psnr=30.0)
     assert record["computed"]["cond"] == 3 and record["warnings"] == []
     small = {"given": {**GIVEN, "steps": 1}}
     assert run("exact", tmp_path / "b.npz", min_psnr=80.0, **small)["plan"]["cache"]["policy"] == "none"

@@ -15,7 +15,7 @@ from dax.bench.prompts import HERE, default_prompts, read_prompts
 from dax.cache.artifact import Artifact
 from dax.cache.calibrate import Effort, calibrate
 from dax.cache.magcache import magcache_mask
-from dax.cache.record import Clips, fidelity, latent_psnr, make_clips, run
+from dax.cache.record import Clips, fidelity, latent_psnr, make_clips, run, told
 from dax.cache.step_plan import Setting, StepPlan
 from dax.cache.teacache import changes, teacache_mask
 
@@ -46,10 +46,11 @@ def bench(
     device: str | None = None,
     dtype: str | None = None,
     log: Callable = print,
+    bar: bool = False,
 ) -> dict:
     """Calibrate the embedded model under a plan's kernels and hold the contest on it; the record, artifact included.
 
-    Judged on combinations of colour, shape and motion that the tiny Wan was never trained on.
+    Judged on combinations of colour, shape and motion that the tiny Wan was never trained on. `bar` as in calibrate.
     """
     import torch
 
@@ -83,8 +84,8 @@ def bench(
         pipe.scheduler.set_timesteps(steps)
         moved = changes(time_embeddings(pipe.transformer, pipe.scheduler.timesteps, projected=True))
         half = len(clips) // 2
-        artifact = calibrate(pipe, clips[:half], clips[half:], setting, "tiny", moved, effort, log)
-        rows = contest(pipe, artifact, test, effort, log)
+        artifact = calibrate(pipe, clips[:half], clips[half:], setting, "tiny", moved, effort, log, bar)
+        rows = contest(pipe, artifact, test, effort, log, bar)
     return report.record(
         "cache",
         here.device,
@@ -102,9 +103,10 @@ def bench(
     )
 
 
-def contest(pipe, artifact: Artifact, test: Clips, effort: Effort, log: Callable) -> list[dict]:
+def contest(pipe, artifact: Artifact, test: Clips, effort: Effort, log: Callable, bar: bool = False) -> list[dict]:
     """The rows of the table: every method at the number of computed steps of each rung of the artifact."""
-    reference = run(pipe, test, effort.batch)
+    with told(pipe, "test prompts", test, effort.batch, log, bar):
+        reference = run(pipe, test, effort.batch)
     rows = []
 
     def add(count: int, method: str, db: np.ndarray, tried: int, detail: str, mask: str = "") -> None:

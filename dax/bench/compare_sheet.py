@@ -1,10 +1,13 @@
 """The report of a comparison as one picture for a README: a row per plan, a few frames each, and its figures."""
 
+import unicodedata
+
 from dax.bench.compare_page import decibels
 from dax.bench.compare_record import Comparison, Variant
 
 FRAMES, ROOM, GAP, TITLE = 6, 210, 6, 46
 CELL = 128  # pixels of a frame's height at least; smaller clips are enlarged by whole factors
+UNSEEN = ("Mn", "Cf")  # Unicode's categories of accents, and of marks without a shape
 INK, SOFT, GROUND = (22, 24, 29), (92, 99, 112), (255, 255, 255)
 
 
@@ -22,10 +25,10 @@ def sheet(comparison: Comparison, clips: dict[str, list], prompt: int):
     picture = Image.new("RGB", total, GROUND)
     draw = ImageDraw.Draw(picture)
     large, small = ImageFont.load_default(17), ImageFont.load_default(13)
-    draw.text((GAP * 2, 12), fitted(f"“{comparison.prompts[prompt]}”", large, total[0] - 4 * GAP), INK, large)
+    draw.text((GAP * 2, 12), fitted(title(comparison, prompt, large), large, total[0] - 4 * GAP), INK, large)
     for index, each in enumerate(rows):
         y = TITLE + index * (size[1] + GAP)
-        draw.text((GAP * 2, y + 4), fitted(each.name, large, ROOM - 3 * GAP), INK, large)
+        draw.text((GAP * 2, y + 4), fitted(drawable(each.name, large), large, ROOM - 3 * GAP), INK, large)
         for line, words in enumerate(figures(each, comparison, prompt)):
             draw.text((GAP * 2, y + 30 + 18 * line), words, SOFT, small)
         for column, frame in enumerate(chosen):
@@ -46,6 +49,35 @@ def figures(variant: Variant, comparison: Comparison, prompt: int) -> list[str]:
         f"all clips {decibels(variant.fidelity.psnr_db)}",
         f"noise floor {decibels(comparison.noise.fidelity.psnr_db)}",
     ]
+
+
+def title(comparison: Comparison, prompt: int, font) -> str:
+    """The prompt, after its number in the report where the font cannot write it as it is."""
+    words = comparison.prompts[prompt]
+    shown = drawable(words, font)
+    return f"“{shown}”" if shown == words else f"{prompt + 1}. “{shown}”"
+
+
+def drawable(words: str, font) -> str:
+    """The words in letters that the font has: without accents it lacks, any other it lacks as a question mark.
+
+    Pillow's font, the only one that is surely here, has little beyond ASCII and draws a box for the rest.
+    """
+    box = glyph("\U0010ffff", font)  # never a character
+    found = []
+    for letter in " ".join(words.split()):
+        if glyph(letter, font) != box:
+            found.append(letter)
+            continue
+        parts = [part for part in unicodedata.normalize("NFKD", letter) if unicodedata.category(part) not in UNSEEN]
+        found += [part if glyph(part, font) != box else "?" for part in parts]
+    return "".join(found)
+
+
+def glyph(letter: str, font) -> tuple:
+    """What the font draws for it, to compare."""
+    mask = font.getmask(letter)
+    return mask.size, bytes(mask)
 
 
 def fitted(words: str, font, room: int) -> str:

@@ -13,6 +13,7 @@ from dax.cache.magcache import Ratios
 from dax.cache.step_plan import Setting, StepPlan
 from dax.cache.teacache import Polynomial
 from dax.errors import DaxError
+from dax.provenance import held
 
 FORMAT = "dax calibration 1"
 SHIPPED = Path(__file__).parent.parent / "plans"
@@ -48,11 +49,11 @@ class Artifact:
     def rung(self, budget: float, min_psnr: float) -> Rung:
         """The rung of most forwards within `budget`, a share of all; with min_psnr > 0 the cheapest that holds it.
 
-        Holding means the mean over held-out prompts, and the worst tenth within 3 dB of it.
+        Holding means the mean over held-out prompts, and p10 no more than 3 dB under what is asked: `held`.
         """
         by_cost = sorted(self.rungs, key=lambda rung: sum(rung.plan.computed.values()))
         if min_psnr > 0:
-            fit = [r for r in by_cost if r.psnr_db >= min_psnr and r.p10_db >= min_psnr - 3]
+            fit = [r for r in by_cost if held(r.psnr_db, r.p10_db) >= min_psnr]
             if not fit:
                 best = max(self.rungs, key=lambda r: r.psnr_db)
                 raise DaxError(

@@ -15,7 +15,7 @@ import torch
 from dax.cache import magcache, teacache
 from dax.cache.artifact import Artifact, Rung
 from dax.cache.optimal import PREDICTORS, Trajectory, best_masks, counts, neighbours, row
-from dax.cache.record import Clips, Recording, fidelity, gated, latent_psnr, record, run
+from dax.cache.record import Clips, Recording, fidelity, gated, latent_psnr, record, run, told
 from dax.cache.step_plan import COMPUTE, REUSE, Setting, StepPlan
 from dax.errors import DaxError
 
@@ -107,22 +107,27 @@ def calibrate(
     moved: list[float],
     effort: Effort,
     log: Callable = print,
+    bar: bool = False,
 ) -> Artifact:
     """Make the artifact of the pipeline as it is.
 
     clips     to record and to climb on; `held_out` only judges and chooses
     setting   what to tie the plans to
     moved     relative change of the projected time embedding between steps, see teacache.changes
+    bar       exact runs are shown as bars on stderr; else each is a line of `log`
     DaxError("bad_request") for budgets that leave nothing to choose.
     """
     budgets = effort.computed(clips.steps)
     log(f"recording {len(clips)} + {len(held_out)} exact runs of {clips.steps} steps")
-    recording = record(pipe, clips, effort.batch)
-    floor = noise_floor(pipe, clips, recording, effort.batch)
+    with told(pipe, "recording", clips, effort.batch, log, bar):
+        recording = record(pipe, clips, effort.batch)
+    with told(pipe, "noise floor", clips, effort.batch, log, bar):
+        floor = noise_floor(pipe, clips, recording, effort.batch)
     log(f"a harmless change moves the clips by {floor:.2g}, {floor_db(recording, floor):.1f} dB")
-    grown = amplification(pipe, clips, recording, floor, effort, log)
+    grown = amplification(pipe, clips, recording, floor, effort, log, bar)
     trajectory = Trajectory(recording.sigmas, recording.gram, grown)
-    reference = run(pipe, held_out, effort.batch)
+    with told(pipe, "held-out prompts", held_out, effort.batch, log, bar):
+        reference = run(pipe, held_out, effort.batch)
     study = Study(pipe, clips, recording, held_out, reference, trajectory, setting, effort)
     said = notes(trajectory)
     tried = {name: how for name, how in PREDICTORS.items() if not said or how.kind != "linear"}
@@ -152,7 +157,9 @@ def floor_db(recording: Recording, floor: float) -> float:
     return float(latent_psnr(recording.latents + floor, recording.latents).mean())
 
 
-def amplification(pipe, clips: Clips, recording: Recording, floor: float, effort: Effort, log: Callable) -> np.ndarray:
+def amplification(
+    pipe, clips: Clips, recording: Recording, floor: float, effort: Effort, log: Callable, bar: bool = False
+) -> np.ndarray:
     """[n] how much an error in the velocity at each step, times the step's length, has grown in the final latents.
 
     Measured at a few steps, by leaving out that one, and interpolated over the steps between in the logarithm. What
@@ -160,14 +167,16 @@ def amplification(pipe, clips: Clips, recording: Recording, floor: float, effort
     """
     n, gram, found = clips.steps, recording.gram, {}
     ahead = np.diff(np.append(recording.sigmas, 0.0))
-    for step in sorted({min(n - 1, max(2, round(part * n))) for part in PROBES[: effort.probes]}):
-        actions = tuple(REUSE if i == step else COMPUTE for i in range(n))
-        with gated(pipe, StepPlan(actions, actions, "probe")):
-            error = distance(run(pipe, clips, effort.batch), recording)
-        made = np.sqrt(gram[step, step] + gram[step - 1, step - 1] - 2 * gram[step, step - 1]) * abs(ahead[step])
-        found[step] = float(np.sqrt(error**2 - floor**2) / made) if error > 1.5 * floor else 1.0
-    if not found:
+    probed = sorted({min(n - 1, max(2, round(part * n))) for part in PROBES[: effort.probes]})
+    if not probed:
         return np.ones(n)
+    with told(pipe, "how errors grow", clips, effort.batch, log, bar, len(probed)):
+        for step in probed:
+            actions = tuple(REUSE if i == step else COMPUTE for i in range(n))
+            with gated(pipe, StepPlan(actions, actions, "probe")):
+                error = distance(run(pipe, clips, effort.batch), recording)
+            made = np.sqrt(gram[step, step] + gram[step - 1, step - 1] - 2 * gram[step, step - 1]) * abs(ahead[step])
+            found[step] = float(np.sqrt(error**2 - floor**2) / made) if error > 1.5 * floor else 1.0
     log("errors grow by " + ", ".join(f"{value:.2f} from step {step}" for step, value in found.items()))
     return np.exp(np.interp(np.arange(n), list(found), np.log(list(found.values()))))
 

@@ -4,7 +4,9 @@ What is kept of a recorded run is small: inner products of its velocities, and t
 and MagCache are calibrated on. The pipeline is used as it is, with whatever kernels it carries.
 """
 
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -80,6 +82,33 @@ def run(pipe, clips: Clips, batch: int) -> torch.Tensor:
         for part in clips.batches(batch)
     ]
     return torch.cat(found)
+
+
+@contextmanager
+def told(pipe, what: str, clips: Clips, batch: int, log: Callable, bar: bool, times: int = 1) -> Iterator[None]:
+    """Meanwhile runs of the clips are seen: as one bar of steps on stderr, or as a line of `log` after each.
+
+    times   how often all clips are run
+    """
+    from tqdm import tqdm
+
+    runs, edits, done = times * -(-len(clips) // batch), Edits(), 0
+
+    @contextmanager
+    def loop(total):
+        nonlocal done
+        start = time.perf_counter()
+        yield shown
+        done += 1
+        if not bar:
+            log(f"{what}: run {done} of {runs}, {time.perf_counter() - start:.1f} s")
+
+    try:
+        with tqdm(total=runs * clips.steps, desc=what, unit="step", disable=not bar, file=sys.stderr) as shown:
+            edits.set_attribute(pipe, "progress_bar", lambda iterable=None, total=None: loop(total))
+            yield
+    finally:
+        edits.undo()
 
 
 @contextmanager

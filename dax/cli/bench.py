@@ -69,7 +69,9 @@ def command(
         from dax.cache.calibrate import Effort
 
         effort = Effort(SHARES, climb=climb, batch=16)
-        result = bench((plan or ["exact"])[0], effort, steps=steps, device=device, log=log)
+        result = bench(
+            (plan or ["exact"])[0], effort, steps=steps, device=device, log=log, bar=options.watched(as_json)
+        )
     elif subject == "step":
         from dax.bench.step import COLUMNS, bench
 

@@ -49,7 +49,7 @@ def command(
     }
     effort = Effort(tuple(budget or BUDGETS), probes, climb, batch, seed or 0)
     job = Job(given, output, model, plan, tuple(sets or ()), prompts, num_prompts, effort, device, overwrite)
-    found = run(job, log)
+    found = run(job, log, options.watched(as_json))
     rows = [
         {
             "computed": rung.plan.computed,

@@ -41,7 +41,8 @@ def command(
     ] = False,
     strict: options.Strict = False,
     min_psnr: Annotated[
-        float | None, typer.Option(help="dB: refuse unless the plan is exact or was measured to hold this")
+        float | None,
+        typer.Option(help="dB: refuse unless the plan is exact, or was measured to hold it: mean, and p10 3 dB under"),
     ] = None,
     allow_empty_prompt: Annotated[
         bool, typer.Option("--allow-empty-prompt", help="without a word, on purpose")

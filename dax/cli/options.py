@@ -27,6 +27,11 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def watched(as_json: bool) -> bool:
+    """Whether somebody looks on at a terminal: then a bar may move on stderr."""
+    return not as_json and sys.stderr.isatty()
+
+
 def say_if_tiny(model: str | None) -> None:
     """Nobody shall take the embedded model for theirs."""
     if model is None:

@@ -40,8 +40,11 @@ class Job:
     overwrite: bool = False
 
 
-def run(job: Job, log=lambda text: None) -> Artifact:
-    """Calibrate and write the artifact. Every bad argument is refused before weights load."""
+def run(job: Job, log=lambda text: None, bar: bool = False) -> Artifact:
+    """Calibrate and write the artifact. Every bad argument is refused before weights load.
+
+    bar   exact runs are shown as bars on stderr; else each is a line of `log`
+    """
     checked = check_model(job.model)
     if job.num_prompts is not None:
         check_whole("num_prompts", job.num_prompts, 2, MAX_PROMPTS)
@@ -83,7 +86,7 @@ def run(job: Job, log=lambda text: None) -> Artifact:
         size = request.height, request.width, request.num_frames
         clips = make_clips(pipe, prompts, size, request.steps, request.guidance_scale, request.seed)
         half = (len(prompts) + 1) // 2
-        found = calibrate(pipe, clips[:half], clips[half:], setting, job.model or "tiny", moved, job.effort, log)
+        found = calibrate(pipe, clips[:half], clips[half:], setting, job.model or "tiny", moved, job.effort, log, bar)
     found.save(Path(job.output))
     return found
 

@@ -152,15 +152,16 @@ def put_back(parent: nn.Module, leaf: str, new: QuantLinear, old: nn.Linear) -> 
         setattr(parent, leaf, old)
 
 
-def move(linear: nn.Linear, device) -> None:
-    """A layer's tensors to a device, the same Parameter objects."""
+def move(linear: nn.Linear, device, dtype: torch.dtype | None = None) -> None:
+    """A layer's tensors to a device, and to a dtype if one is given; the same Parameter objects."""
     for parameter in linear.parameters(recurse=False):
-        parameter.data = parameter.data.to(device)
+        parameter.data = parameter.data.to(device=device, dtype=dtype)
 
 
 def move_back(old: nn.Linear, new: QuantLinear, home: torch.device | None) -> None:
-    """A kept layer to its home; None: wherever its twin is by now."""
-    move(old, new.weight.device if home is None else home)
+    """A kept layer to its home; None: wherever its twin is by now. Cast, if the model was cast meanwhile."""
+    cast = None if new.float_dtype == old.weight.dtype else new.float_dtype
+    move(old, new.weight.device if home is None else home, cast)
 
 
 def refuse_saving(module: nn.Module, edits: Edits) -> None:

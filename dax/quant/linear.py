@@ -22,11 +22,13 @@ class QuantLinear(nn.Linear):
     weight        [N, K]  int8 or float8_e4m3fn      weight_scale  [N]  fp32 (equal entries for one per tensor)
     input_scale   []      fp32, or None: dynamic     bias          [N]  or None
     rule          how it was quantised (scheme, granularity, static)
+    float_dtype   what `.to(dtype)` would have made of the weight by now, had it stayed in floating point
     The result has x's dtype. 2 M N K operations at twice the rate of bf16, half the bytes of weights.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, rule: Rule, device=None, dtype=None):
         nn.Module.__init__(self)
+        self.float_dtype = dtype or torch.get_default_dtype()
         self.in_features, self.out_features, self.rule = in_features, out_features, rule
         codes = torch.empty(out_features, in_features, device=device, dtype=getattr(torch, SCHEMES[rule.scheme].weight))
         self.weight = nn.Parameter(codes, requires_grad=False)
@@ -105,10 +107,12 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn, recurse=True):
         """Move weight and scales with the module, but never change what they are. Layerwise casting is refused."""
-        if fn(torch.zeros(1, dtype=torch.float16)).dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        float_dtype = fn(torch.zeros(1, dtype=self.float_dtype)).dtype
+        if float_dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             raise DaxError(
                 "bad_request", "layerwise casting to 8 bits of a quantised linear layer: it has 8 bits already"
             )
+        self.float_dtype = float_dtype
         kept = [tensor for tensor in (self.weight, self.weight_scale, self.input_scale) if tensor is not None]
 
         def moved(tensor):

@@ -14,12 +14,12 @@ from dax.bench.compare_run import versions
 from dax.bench.plots import scatter
 from dax.errors import DaxError
 from dax.plan import Plan
-from dax.provenance import Measured, computes, save
+from dax.provenance import Measured, computes, held, save
 from dax.tune import sensitivity
 from dax.tune.job import Job, check
 from dax.tune.knobs import PRESETS, knobs, presets_among
 from dax.tune.measure import Bench
-from dax.tune.search import Option, Point, Search, begin, climb, held, refine
+from dax.tune.search import Option, Point, Search, begin, climb, refine
 
 VERIFIED = 3  # plans that may be tried on the held-out prompts
 RAISE_DB = 3.0  # at most, from one try to the next: a p10 says how bad the worst are, not how much better all must be

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 
-SLACK_DB = 3.0  # p10 may lie this far under the target
+from dax.provenance import held
+
 CAP_DB = 100.0  # of a combination that changes nothing
 CURIOUS_DB = 1.5  # how far under the target a cheaper combination may be predicted and still be tried
 
@@ -54,11 +55,6 @@ class Point:
     def within(self, other: "Point") -> bool:
         """Whether `other` does all that this does, and more."""
         return all(mine == its or not mine.values for mine, its in zip(self.options, other.options))
-
-
-def held(psnr_db: float, p10_db: float) -> float:
-    """The highest target a plan holds: its mean is at the target or above, its p10 no more than SLACK_DB under."""
-    return min(psnr_db, p10_db + SLACK_DB)
 
 
 @dataclass

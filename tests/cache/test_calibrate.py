@@ -6,15 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import typer
 
 import dax
 from dax.cache import record
 from dax.cache.artifact import find, load
-from dax.cache.calibrate import Effort, noise_floor, notes
+from dax.cache.calibrate import Effort, amplification, noise_floor, notes
 from dax.cache.checkpoint import folder_digest
 from dax.cache.optimal import Trajectory
 from dax.cache.policy import Maker, resolve_cache
 from dax.cache.step_plan import Setting, flow_sigmas
+from dax.cli.main import app
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.generate.calibrate import Job, run
@@ -290,6 +292,41 @@ def test_recording_is_what_the_runs_did(pipe):
     assert torch.allclose(found.latents, latents, atol=1e-4)
     with torch.no_grad():
         assert 0 < noise_floor(pipe, clips, found, 1) < 1e-3
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_exact_runs_are_seen_while_they_last(pipe, capsys, bar):
+    """As bars of steps, or a line a run; the pipeline's own bar is put back, after an error too."""
+    clips, lines = record.make_clips(pipe, list(PROMPTS), (32, 32, 5), 3, 4.0, 0), []
+    with torch.no_grad():
+        with record.told(pipe, "recording", clips, 1, lines.append, bar):
+            found = record.record(pipe, clips, 1)
+        amplification(pipe, clips, found, 1e-3, Effort(probes=1), lines.append, bar)
+    with pytest.raises(KeyError), record.told(pipe, "recording", clips, 1, lines.append, bar):
+        raise KeyError
+    assert "progress_bar" not in vars(pipe)
+    heard = capsys.readouterr().err
+    if bar:
+        assert "recording: 100%" in heard and "6/6" in heard and "how errors grow: 100%" in heard
+        assert len(lines) == 1 and lines[0].startswith("errors grow by")
+    else:
+        runs = [f"{what}: run {n} of 2" for what in ("recording", "how errors grow") for n in (1, 2)]
+        assert heard == "" and [line.rsplit(",", 1)[0] for line in lines[:4]] == runs
+
+
+@pytest.mark.parametrize(
+    ("terminal", "as_json", "bar"), [(True, (), True), (True, ("--json",), False), (False, (), False)]
+)
+@pytest.mark.parametrize("command", [("calibrate",), ("bench", "cache")])
+def test_bars_are_for_a_terminal(monkeypatch, command, terminal, as_json, bar):
+    def stop(*given, **named):
+        raise DaxError("bug", f"bar: {named.get('bar', given[-1])}")
+
+    monkeypatch.setattr("dax.generate.calibrate.run", stop)
+    monkeypatch.setattr("dax.bench.cache.bench", stop)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    with pytest.raises(DaxError, match=f"bar: {bar}"):
+        typer.main.get_command(app)([*command, *as_json], standalone_mode=False)
 
 
 def test_noise_above_the_change_is_said():

@@ -2,6 +2,7 @@
 
 import gc
 from contextlib import nullcontext
+from copy import deepcopy
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from dax.models import wan, wan_guard
 from tests.conftest import build_expert_pipe, build_random_pipe
 from tests.models.test_image_to_video import latents as one_scale
 from tests.models.test_image_to_video import picture
-from tests.quant.test_apply import relative
+from tests.quant.test_apply import relative, velocity
 
 LAYERS = 2
 KINDS = pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
@@ -375,6 +376,22 @@ def test_nothing_is_published_for_the_real_ones():
 
     for name in ("wan2.2-t2v-a14b", "wan2.2-i2v-a14b"):
         assert name in FACTS and name not in magcache.PUBLISHED and name not in teacache.PUBLISHED
+
+
+@pytest.mark.parametrize("linear", ["none", "int8"])
+@pytest.mark.parametrize("resident", [0, 1])
+def test_experts_that_take_turns_come_back_cast_and_refuse_to_go_on(linear, resident):
+    pipe = build_expert_pipe()
+    alone = [deepcopy(each).to(torch.bfloat16) for each in experts(pipe)]
+    with dax.optimize(pipe, linear={"scheme": linear}, offload="experts"):
+        velocity(experts(pipe)[resident])
+        for each in experts(pipe):
+            each.to(torch.bfloat16)
+        with pytest.raises(DaxError, match="cast from torch.float32 to torch.bfloat16 .*: call engine.undo"):
+            latents(pipe)
+    for each, cast in zip(experts(pipe), alone):
+        for mine, theirs in zip(each.parameters(), cast.parameters(), strict=True):
+            assert mine.dtype == torch.bfloat16 and torch.equal(mine, theirs)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """Rules, whole models and optimize(): every layer asked for, or none; undone bit for bit."""
 
 import dataclasses
+from copy import deepcopy
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ def velocity(transformer, seed=0):
     generator = torch.Generator().manual_seed(seed)
     latents, text = torch.randn(1, 16, 3, 8, 8, generator=generator), torch.randn(1, 7, 32, generator=generator)
     with torch.no_grad():
-        return transformer(latents, torch.tensor([500.0]), text, return_dict=False)[0]
+        dtype = transformer.dtype
+        return transformer(latents.to(dtype), torch.tensor([500.0]), text.to(dtype), return_dict=False)[0]
 
 
 def relative(a, b):
@@ -147,6 +149,20 @@ def test_a_plan_quantises_every_layer_of_the_blocks_and_comes_back(random_pipe, 
         assert all(name.startswith(("condition_embedder", "proj_out")) for name in plain) and len(plain) == 6
         assert 1e-4 < relative(velocity(transformer), stock) < (0.25 if scheme == "fp8" else 0.1)
     assert same(before, bits(transformer)) and torch.equal(velocity(transformer), stock)
+
+
+@pytest.mark.parametrize("plan", ["exact", "balanced"])
+def test_a_model_cast_meanwhile_comes_back_cast(random_pipe, plan):
+    """What `.to(dtype)` would have made of it without DAX, kept weights in host memory included."""
+    transformer = random_pipe.transformer
+    same_objects = {name: id(p) for name, p in transformer.named_parameters()}
+    alone = deepcopy(transformer).to(torch.bfloat16)
+    with dax.optimize(random_pipe, plan):
+        transformer.to(torch.bfloat16)
+        assert relative(velocity(transformer), velocity(alone)) < 0.2
+    found = bits(transformer)
+    assert {name: found[name][0] for name in found} == same_objects
+    assert all(found[k][1] == torch.bfloat16 and torch.equal(found[k][2], p) for k, p in alone.named_parameters())
 
 
 def test_weights_that_were_not_kept_cannot_come_back(random_pipe):
