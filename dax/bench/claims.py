@@ -15,7 +15,6 @@ IDS = frozenset(
     """
     tiny.vae_psnr_db tiny.judge_colour tiny.judge_shape tiny.judge_motion tiny.judge_all tiny.weights_mb
     attention.int8.wan14b-720p.ms attention.int8.wan14b-720p.error attention.int8.wan14b-720p.v1_error_pct
-    attention.bf16.wan14b-720p.ms
     attention.int8.wan14b-480p.tflops attention.triton.wan14b-720p.tflops
     linear.int8.5120x5120.tops linear.int8.5120x13824.tops linear.int8.13824x5120.tops ffn.int8.wan14b-720p.ms
     block.eager.wan14b-720p.ms block.exact.wan14b-720p.ms block.balanced.wan14b-720p.ms block.first-dax.wan14b-720p.ms
@@ -23,7 +22,6 @@ IDS = frozenset(
     forward.balanced.wan14b-720p.peak_gib start.cold_s start.warm_s
     cache.calibrated-over-teacache.40pct.db cache.calibrated-over-magcache.40pct.db cache.predicted_step.ms
     parallel.ulysses2.wan14b-720p.speedup parallel.cfg2.wan14b-720p.speedup parallel.ulysses2.wan14b-720p.ms
-    parallel.first-dax.wan14b-720p.ms
     vae.decode2.speedup planner.error_pct
     video.fast.wan14b-720p.seconds video.first-dax.wan14b-720p.seconds tune.speedup_over_preset explain.error_pct
     """.split()
