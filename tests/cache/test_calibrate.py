@@ -383,7 +383,7 @@ def test_artifacts_are_found_by_digest_and_kernels(calibrated, tmp_path, monkeyp
 def test_what_ships_for_the_embedded_model():
     """`fast` and `original` run on it; the file is small, and belongs to the weights beside it."""
     shipped = find("auto", checkpoint_digest(dax.load_tiny().transformer), "exact")
-    assert shipped is not None and shipped.setting.steps == 50 and len(json.dumps(shipped.to_json())) < 30_000
+    assert shipped is not None and shipped.setting.steps == 50 and len(json.dumps(shipped.to_json())) < 40_000
     assert [sum(rung.plan.computed.values()) for rung in shipped.rungs] == [50, 40, 32, 24, 22, 20]
     for preset, made_by in (("fast", "calibrated"), ("original", "TeaCache 0.1, calibrated")):
         cache, found, _, _ = resolve_cache(Plan.load(preset).cache, "tiny", shipped.setting.checkpoint, "exact")
