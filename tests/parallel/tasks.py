@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from dax.attention.backend import Turn, backend_of
+from dax.kernels.rooms import fill
 from dax.parallel import shared_memory
 from dax.parallel.admit import admitted, ways_of
 from dax.parallel.sequence import Sequence
@@ -109,8 +110,7 @@ def in_a_row(kernel, layouts, chunks, late_rank=None, without=None, device="cpu"
             return backend.attend_into(operands, num_keys, rooms)
         o = backend.attend(operands, num_keys)
         into = rooms(o.shape[0], o.shape[3], o.dtype)
-        for room, part in zip(into, o.split([room.shape[1] for room in into], 1)):
-            room.copy_(part)
+        fill(into, o, 1)
         return into[0]
 
     late_one = replace(backend, attend=attend, attend_into=attend_into if straight else None)

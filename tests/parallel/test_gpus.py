@@ -1,4 +1,4 @@
-"""What only GPUs can show: memory that they see of each other, streams, copy engines."""
+"""What only GPUs can show: memory that they see of each other, and streams."""
 
 from itertools import product
 
