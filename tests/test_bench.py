@@ -330,6 +330,17 @@ def test_a_start_is_timed_cold_and_warm(monkeypatch):
         start.bench("tiny", (64, 64, 5), "balanced", "cpu", lambda text: None)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_start_without_bytecode_says_so(there, monkeypatch, tmp_path):
+    monkeypatch.setattr(start, "ROWS", ())
+    monkeypatch.setattr(torch.__spec__, "cached", str(tmp_path / "torch.pyc"))
+    if there:
+        (tmp_path / "torch.pyc").touch()
+    heard = []
+    assert start.bench("tiny", (64, 64, 5), "balanced", "cpu", heard.append)["bytecode"] is there
+    assert any("no bytecode" in line for line in heard) is not there
+
+
 def test_the_parts_of_a_start_are_all_of_it_up_to_the_first_output(monkeypatch, tmp_path):
     """A child that lingers after its output is not slower for it."""
     monkeypatch.setattr(start, "CHILD", start.CHILD + "\ntime.sleep(3)")

@@ -176,7 +176,7 @@ def memory_pass(name: str, q) -> Row:
     from dax.kernels.qk_quantize import Q_QUANTIZE
 
     _, S, H, D = q.shape
-    flat, weight, (cos, sin) = q.flatten(2), torch.ones(H * D, device=q.device), rotary_table(S, D, q.device)
+    flat, weight, (cos, sin) = q.flatten(2), q.new_ones(H * D), rotary_table(S, D, q.device)
     copied, tables = torch.empty_like(flat), 2 * cos.nbytes
     calls = {
         "copy": (lambda *_: copied.copy_(flat), 2 * flat.nbytes),

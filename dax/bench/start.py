@@ -5,6 +5,7 @@ was done by the clock that all processes of a machine share. What it does afterw
 row is a script that imports diffusers as scripts do, without `dax.imports` and without a GPU begun beside.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -83,7 +84,9 @@ def bench(model: str | None, size, plan: str, device: str | None, log=print) -> 
 
     facts, device = facts_of(model or "tiny"), machine(device).device
     pixels = checked_size(facts, size)
-    rows = []
+    rows, compiled = [], bytecode()
+    if not compiled:
+        log("torch has no bytecode here: every import compiles its sources (is PYTHONDONTWRITEBYTECODE set?)")
     with tempfile.TemporaryDirectory() as cache:
         for name, imports in ROWS:
             spent = started([imports, facts.name, plan, device, *map(str, astuple(pixels))], cache)
@@ -91,7 +94,13 @@ def bench(model: str | None, size, plan: str, device: str | None, log=print) -> 
             log(f"{name} cache, {imports} imports: {spent['seconds']:.1f} s")
     height, width, num_frames = astuple(pixels)
     named = {"model": facts.name, "height": height, "width": width, "num_frames": num_frames, "plan": plan}
-    return report.record("start", device, **named, tokens=facts.tokens(height, width, num_frames), rows=rows)
+    tokens = facts.tokens(height, width, num_frames)
+    return report.record("start", device, **named, tokens=tokens, bytecode=compiled, rows=rows)
+
+
+def bytecode() -> bool:
+    """Whether torch's modules lie compiled beside their sources, as pip leaves them."""
+    return os.path.exists(importlib.util.find_spec("torch").cached)
 
 
 def started(arguments: list[str], cache: str) -> dict[str, float]:

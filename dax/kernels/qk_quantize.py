@@ -88,10 +88,13 @@ def rounded(x):
 
 @triton.jit
 def pairs(X, at):
-    """Columns 2 at and 2 at + 1 from X on, both fp32. Two of bf16 are one word, and either half is that of an fp32."""
+    """Columns 2 at and 2 at + 1 from X on, both fp32, by one load. Of two in bf16 either half is that of an fp32."""
     if X.dtype.element_ty == tl.bfloat16:
         word = tl.load(X.to(tl.pointer_type(tl.int32), bitcast=True) + at)
         return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    elif X.dtype.element_ty == tl.float32:
+        word = tl.load(X.to(tl.pointer_type(tl.int64), bitcast=True) + at)
+        return word.to(tl.int32).to(tl.float32, bitcast=True), (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     else:
         return tl.load(X + 2 * at).to(tl.float32), tl.load(X + 2 * at + 1).to(tl.float32)
 
@@ -181,8 +184,9 @@ def chunk_of(C: int, D: int) -> int:
 
 
 def words_of(x: torch.Tensor) -> torch.Tensor:
-    """x itself if its columns lie side by side and every row begins with a whole 32-bit word, else a copy."""
-    whole = x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and not any(stride % 2 for stride in x.stride()[:-1])
+    """x itself if its columns lie side by side and every row begins where a pair of numbers may, else a copy."""
+    aligned = x.data_ptr() % (2 * x.element_size()) == 0 and not any(stride % 2 for stride in x.stride()[:-1])
+    whole = x.stride(-1) == 1 and aligned
     return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -293,6 +297,7 @@ Q_QUANTIZE = define(
         "257, finished before": q_case(1, 257, 2, 128, turn=False),
         "130 of five heads": q_case(1, 130, 5, 64, dtype=torch.float16),
         "rows that begin at odd columns": q_case(1, 65, 8, 128, odd=1),
+        "40 in fp32, norm too": q_case(1, 40, 3, 64, dtype=torch.float32),
     },
     cost=lambda q, heads, scale, *turn: Cost(30 * q.numel(), (q.element_size() + 1) * q.numel(), "fp32"),
     exact=lambda q, heads, scale, *turn: (
