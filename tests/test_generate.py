@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -145,6 +146,30 @@ def test_the_embedded_model_on_a_gpu(tmp_path):
     )
     clip = np.load(tmp_path / "c.npz")["frames"]
     assert clip.shape == (17, 128, 128, 3) and clip.std() > 10 and "NVIDIA" in record["device"]
+
+
+@pytest.mark.parametrize("plan", ["exact", "balanced"])
+def test_a_model_leaves_the_memory_when_its_work_is_done(tmp_path, monkeypatch, plan):
+    alive, seen = {}, {}
+
+    def loading(*args):
+        pipe = load(*args)
+        alive.update({name: weakref.ref(getattr(pipe, name)) for name in ("text_encoder", "transformer", "vae")})
+        return pipe
+
+    def watched(stage):
+        def wrapper(*args, **kwargs):
+            seen[stage.__name__] = [name for name, reference in alive.items() if reference() is not None]
+            return stage(*args, **kwargs)
+
+        return wrapper
+
+    load = run.load
+    monkeypatch.setattr(run, "load", loading)
+    monkeypatch.setattr(run, "denoise", watched(run.denoise))
+    monkeypatch.setattr(run, "decode", watched(run.decode))
+    generate(Job(SMALL, str(tmp_path / "clip.npz"), plan=plan))
+    assert seen == {"denoise": ["transformer", "vae"], "decode": ["vae"]}
 
 
 def test_from_an_earlier_clip_gives_the_same_clip_again(tmp_path):

@@ -22,9 +22,11 @@ from dax.generate.stages import (
     decode,
     denoise,
     encode,
+    import_vendor,
     load,
     out_of_memory,
     peak_memory_gib,
+    release,
     set_flow_shift,
     total,
 )
@@ -63,7 +65,6 @@ def generate(job: Job, log=lambda text: None) -> dict | None:
 def make(settled: Settled, log):
     """(frames, record, clock) of the clip, on the first rank; None on the others."""
     job, checked, request, here = settled.job, settled.checked, settled.request, settled.here
-    facts, remarks = checked.facts, settled.remarks
     agreed = {
         "request": repr(request),
         "plan": settled.resolved.plan.hash(),
@@ -75,39 +76,20 @@ def make(settled: Settled, log):
     with team(settled.place, here.device, agreed) as ranks, out_of_memory(request):
         clock = Clock(ranks.enter)
         with clock.stage("load"):
-            plan = settled.resolved.plan
-            waits = plan.linear.active or plan.offload == "experts"  # then optimize() brings the second expert over
+            wanted = settled.resolved.plan
+            import_vendor(
+                checked.facts, here.device
+            )  # not first in load(): vendors keep errors, whose frames keep models
+            waits = wanted.linear.active or wanted.offload == "experts"  # then optimize() brings the second expert over
             pipe = load(checked, here.device, dtype_of(here), ranks.first, "cpu" if waits else here.device)
             checked.unchanged()
             set_flow_shift(pipe, request.flow_shift)
             loras = [fused(pipe.transformer, *lora) for lora in settled.loras]
-        experts = [pipe.transformer, *([pipe.transformer_2] if facts.num_experts == 2 else [])]
-        from dax.optimize import optimize
-
-        tokens = facts.tokens(request.height, request.width, request.num_frames)
-        with optimize(pipe, settled.asked, job.strict, tokens) as engine, Forwards(*experts) as forwards:
-            remarks.extend(engine.fallbacks)
-            log(engine.summary())
-            with clock.stage("text"):
-                shape, guided = (1, facts.text_tokens, facts.text_dim), request.guidance_scale > 1
-                embeds = ranks.share_text(
-                    lambda: encode(pipe, request, remarks), shape, guided, pipe.transformer.dtype, pipe.device
-                )
-            with clock.stage("denoise"), warnings.catch_warnings(record=True) as found:
-                warnings.simplefilter("always")
-                ranks.step(0, request.steps)
-                latents = denoise(
-                    pipe,
-                    request,
-                    *embeds,
-                    lambda step, _: ranks.step(step + 1, request.steps),
-                    not ranks.first,
-                    [picture.pixels for picture in settled.pictures],
-                )
-            remarks.extend(dict.fromkeys(str(w.message) for w in found if str(w.message).startswith("step cache:")))
-            each = [ranks.most(counts) for counts in forwards.each]
+        latents, frames, plan, each = denoised(settled, pipe, ranks, clock, log)
+        if plan.parallel.vae != "split":
+            release(pipe, "transformer", "transformer_2", "image_encoder")
             with clock.stage("decode"):
-                frames = decode(pipe, latents) if ranks.first or engine.plan.parallel.vae == "split" else None
+                frames = decode(pipe, latents) if ranks.first else None
     if not ranks.first:
         return None
     record = {
@@ -118,17 +100,52 @@ def make(settled: Settled, log):
         "loras": loras,
         "images": [picture.record() for picture in settled.pictures],
         **asdict(request),
-        "plan": engine.plan.model_dump(),
-        "plan_hash": engine.plan.hash(),
+        "plan": plan.model_dump(),
+        "plan_hash": plan.hash(),
         "computed": total(each),
         **({"computed_by_expert": each} if len(each) == 2 else {}),
         "ranks": ranks.count,
         "peak_memory_gib": round(peak_memory_gib(here.device), 2),
         "device": here.name,
         "versions": {**here.packages, "dax-engine": version(), "python": sys.version.split()[0]},
-        "warnings": remarks,
+        "warnings": settled.remarks,
     }
     return frames, record, clock
+
+
+def denoised(settled: Settled, pipe, ranks, clock, log):
+    """(latents, frames where all ranks decode them together, the plan that was installed, forwards of each expert)."""
+    from dax.optimize import optimize
+
+    facts, request, remarks = settled.checked.facts, settled.request, settled.remarks
+    experts = [pipe.transformer, *([pipe.transformer_2] if facts.num_experts == 2 else [])]
+    tokens, frames = facts.tokens(request.height, request.width, request.num_frames), None
+    with optimize(pipe, settled.asked, settled.job.strict, tokens) as engine, Forwards(*experts) as forwards:
+        remarks.extend(engine.fallbacks)
+        log(engine.summary())
+        with clock.stage("text"):
+            shape, guided = (1, facts.text_tokens, facts.text_dim), request.guidance_scale > 1
+            embeds = ranks.share_text(
+                lambda: encode(pipe, request, remarks), shape, guided, pipe.transformer.dtype, pipe.device
+            )
+            release(pipe, "text_encoder")
+        with clock.stage("denoise"), warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            ranks.step(0, request.steps)
+            latents = denoise(
+                pipe,
+                request,
+                *embeds,
+                lambda step, _: ranks.step(step + 1, request.steps),
+                not ranks.first,
+                [picture.pixels for picture in settled.pictures],
+            )
+        remarks.extend(dict.fromkeys(str(w.message) for w in found if str(w.message).startswith("step cache:")))
+        each = [ranks.most(counts) for counts in forwards.each]
+        if engine.plan.parallel.vae == "split":
+            with clock.stage("decode"):
+                frames = decode(pipe, latents)
+        return latents, frames, engine.plan, each
 
 
 def write(settled: Settled, frames, record: dict) -> None:

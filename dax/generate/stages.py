@@ -3,6 +3,7 @@
 The denoising loop is the pipeline's own. Nothing here knows of plans, files or the command line.
 """
 
+import gc
 import resource
 import sys
 import time
@@ -199,6 +200,16 @@ def denoise(
     if not torch.isfinite(latents).all():
         raise DaxError("check_failed", f"the latents are not finite after {request.steps} steps: no clip was written")
     return latents
+
+
+def release(pipe, *names: str) -> None:
+    """Give back the memory of those of the pipeline's models that are there, with all that lived through them."""
+    import torch
+
+    pipe.register_modules(**{name: None for name in names if getattr(pipe, name, None) is not None})
+    gc.collect()  # a model under hooks is a circle
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def decode(pipe, latents):
