@@ -106,14 +106,14 @@ def test_tokens_shared_over_ranks_give_the_same_bits():
     B, S, H, D = 2, 5 * TILE + 17, 3, 64
     q, k, v = (x.flatten(2) for x in gaussian(*3 * [(B, S, H, D)]))
     angles = gaussian((S, D))[0]
-    turn = Turn(1 + gaussian((H * D,))[0] / 5, None, angles.cos(), angles.sin())
-    whole = prepare(q, k, v, H, turn, stats(k, v, H))
+    turn = Turn(*(1 + x / 5 for x in gaussian((H * D,), (H * D,))), angles.cos(), angles.sin())
+    whole = prepare(q, k, v, H, turn, stats(k, v, H, turn))
     shares = [slice(0, 2 * TILE), slice(2 * TILE, 3 * TILE), slice(3 * TILE, S)]
-    found = [stats(k[:, share], v[:, share], H) for share in shares]
+    turns = [turn._replace(cos=turn.cos[share], sin=turn.sin[share]) for share in shares]
+    found = [stats(k[:, share], v[:, share], H, mine) for share, mine in zip(shares, turns)]
     together = torch.cat([means for means, _ in found], 1), torch.stack([amax for _, amax in found]).amax(0)
     parts = []
-    for share in shares:
-        mine = turn._replace(cos=turn.cos[share], sin=turn.sin[share])
+    for share, mine in zip(shares, turns):
         parts.append(prepare(q[:, share], k[:, share], v[:, share], H, mine, together))
     for i, (heads, tokens, _) in enumerate(LAYOUT):
         pieces = [part[i] for part in parts]

@@ -72,12 +72,12 @@ class Turn(NamedTuple):
 class Backend:
     """A kernel as four functions, so that its operands can travel between ranks in the form it wants them.
 
-    q are projected queries [B, s, C] of this rank's tokens, k finished keys (`turn` is done), v projected values; the
-    rows of q and v may be strided.
+    q, k, v are projected queries, keys and values [B, s, C] of this rank's tokens; rows may be strided. Queries and
+    keys still have to go through `turn`.
     stats    (k, v, heads, turn) -> (per_tile, range): what prepare must know of all tokens, or None if nothing.
              Over ranks: per_tile is concatenated along dim 1 in token order, range is the elementwise maximum, and
              stats is a function that waits for both
-    prepare  (q, k, v, heads, turn, stats, scale) -> operands, a tuple of tensors; it also takes q through `turn`
+    prepare  (q, k, v, heads, turn, stats, scale) -> operands, a tuple of tensors; it also takes q and k through `turn`
     attend   (operands, num_keys, scale) -> o [B, S, h, D]; scale is 1 / sqrt(D) when None, and the same for both
     attend_into  (operands, num_keys, rooms) -> any of rooms(B, D, dtype), a list of [B, s, h, D], 16-byte aligned: the
              same written there, the tokens one room after the other; rooms may be memory of other GPUs. None: it can't

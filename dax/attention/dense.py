@@ -88,9 +88,10 @@ def backend(kernel: str) -> Backend:
 
 
 def prepare(q, k, v, heads, turn, stats=None, scale=None):
-    """[B, s, C] each -> q, k, v [B, s, H, D], q normed and turned in one pass; k is already."""
+    """[B, s, C] each -> q, k, v [B, s, H, D], q and k normed and turned in a pass each."""
     q = turned(q, heads, turn.q_weight, turn.cos, turn.sin, turn.eps)
-    return q, k.unflatten(2, (heads, -1)), v.unflatten(2, (heads, -1))
+    k = turned(k, heads, turn.k_weight, turn.cos, turn.sin, turn.eps)
+    return q, k, v.unflatten(2, (heads, -1))
 
 
 def turned(x, heads, weight, cos, sin, eps):

@@ -11,8 +11,9 @@ import torch
 from dax.attention.backend import Backend
 from dax.kernels.attention_int8 import ATTENTION_INT8, attention_int8_into
 from dax.kernels.hopper import compute_capability, hopper
-from dax.kernels.qk_quantize import K_QUANTIZE, Q_QUANTIZE, TILE, k_quantize_into, num_tiles, q_quantize_into
-from dax.kernels.token_stats import TOKEN_AMAX, TOKEN_MEANS
+from dax.kernels.k_quantize import K_QUANTIZE, TILE, k_quantize_into, num_tiles
+from dax.kernels.q_quantize import Q_QUANTIZE, q_quantize_into
+from dax.kernels.token_stats import KEY_MEANS, TOKEN_AMAX
 from dax.kernels.v_quantize import V_QUANTIZE, v_quantize_into
 
 LAYOUT = ((1, 2, 1), (1, 2, 1), (1, 2, TILE), (1, 2, TILE), (1, 2, TILE), (1, None, 1))
@@ -66,29 +67,29 @@ def forms(B, s, heads, D, dtype=torch.float8_e4m3fn):
     )
 
 
-def stats(k, v, heads, turn=None):
+def stats(k, v, heads, turn):
     """Means of the keys [B, T, H, D] over each 128 tokens, and the largest magnitudes of the values [B, H, D]; fp32."""
-    return TOKEN_MEANS(k.unflatten(2, (heads, -1))), TOKEN_AMAX(v.unflatten(2, (heads, -1)))
+    return KEY_MEANS(k, heads, turn.k_weight, turn.cos, turn.sin, turn.eps), TOKEN_AMAX(v.unflatten(2, (heads, -1)))
 
 
 def prepare(q, k, v, heads, turn, stats, scale=None, dtype=torch.float8_e4m3fn, rooms=None):
     """[B, s, C] each -> q, q scales, k, k scales, v, v scales, as attention_int8 takes them.
 
-    The keys are shifted by the mean of the means, which need not be exact: any shift gives the same attention.
+    The keys are shifted by the mean of the means, though of a sample: any shift gives the same attention.
     The queries need no stats: where these come from other ranks, that hides their way.
     rooms   where the codes are written, and not returned: see Backend.written
     """
-    k, v = k.unflatten(2, (heads, -1)), v.unflatten(2, (heads, -1))
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
-    turned = q, heads, scale, turn.q_weight, turn.cos, turn.sin, turn.eps
+    v, (q_weight, k_weight, *angles) = v.unflatten(2, (heads, -1)), turn
+    scale = v.shape[-1] ** -0.5 if scale is None else scale
     if rooms is None:
-        q = Q_QUANTIZE(*turned)
+        q = Q_QUANTIZE(q, heads, scale, q_weight, *angles)
         means, amax = stats() if callable(stats) else stats
-        return *q, *K_QUANTIZE(k, means.mean(1)), *V_QUANTIZE(v, amax, dtype)
-    q_scale = q_quantize_into(*turned, rooms[0])
+        return *q, *K_QUANTIZE(k, heads, means.mean(1), k_weight, *angles), *V_QUANTIZE(v, amax, dtype)
+    q_scale = q_quantize_into(q, heads, scale, q_weight, *angles, rooms[0])
     means, amax = stats() if callable(stats) else stats
-    k_scale, v_scale = k_quantize_into(k, means.mean(1), rooms[2]), v_quantize_into(v, amax, rooms[4])
-    shapes = forms(k.shape[0], k.shape[1], heads, k.shape[3], dtype)
+    k_scale = k_quantize_into(k, heads, means.mean(1), k_weight, *angles, rooms[2])
+    v_scale = v_quantize_into(v, amax, rooms[4])
+    shapes = forms(v.shape[0], v.shape[1], heads, v.shape[3], dtype)
     q, k, v = (torch.empty(shape, dtype=kind, device="meta") for shape, kind in (shapes[i] for i in CODES))
     return q, q_scale, k, k_scale, v, v_scale
 

@@ -154,7 +154,7 @@ def eight_bits(q, k, v, portable: bool) -> list[Row]:
 
     def prepared(q, k, v):
         q, k, v = (x.flatten(2) for x in (q, k, v))
-        return kernel.prepare(q, k, v, H, Turn(), kernel.stats(k, v, H))
+        return kernel.prepare(q, k, v, H, Turn(), kernel.stats(k, v, H, Turn()))
 
     def whole(q, k, v):
         return kernel.attend(prepared(q, k, v), k.shape[1])
@@ -172,8 +172,8 @@ def memory_pass(name: str, q) -> Row:
     """A pass over queries that memory bounds: a plain copy, norm and rotation, the same with quantization."""
     import torch
 
+    from dax.kernels.q_quantize import Q_QUANTIZE
     from dax.kernels.qk_norm_rope import QK_NORM_ROPE, rotary_table
-    from dax.kernels.qk_quantize import Q_QUANTIZE
 
     _, S, H, D = q.shape
     flat, weight, (cos, sin) = q.flatten(2), q.new_ones(H * D), rotary_table(S, D, q.device)

@@ -1,7 +1,7 @@
 """softmax(q k^T) v with 8-bit operands: int8 scores, exact in int32; fp8 probabilities and values, summed in fp32.
 
 On Hopper the kernel is written in Gluon (`attention_int8_hopper`), elsewhere in Triton (`attention_int8_triton`): same
-operands, same result up to rounding. `qk_quantize` and `v_quantize` make the operands.
+operands, same result up to rounding. `q_quantize`, `k_quantize` and `v_quantize` make the operands.
 """
 
 import torch
@@ -9,8 +9,9 @@ import torch
 from dax.errors import DaxError
 from dax.kernels import attention_int8_hopper, attention_int8_triton
 from dax.kernels.hopper import compute_capability, hopper
+from dax.kernels.k_quantize import k_quantize_reference
 from dax.kernels.op import Cost, define
-from dax.kernels.qk_quantize import k_quantize_reference, q_quantize_reference
+from dax.kernels.q_quantize import q_quantize_reference
 from dax.kernels.rooms import addresses
 from dax.kernels.v_quantize import ORDER, v_quantize_reference
 
@@ -136,7 +137,7 @@ def arguments_of(q, k, v, v_dtype):
     D = q.shape[-1]
     return (
         *q_quantize_reference(q.flatten(2), q.shape[2], D**-0.5),
-        *k_quantize_reference(k, k.mean(1)),
+        *k_quantize_reference(k.flatten(2), k.shape[2], k.mean(1)),
         *v_quantize_reference(v, v.abs().amax(1), v_dtype),
         k.shape[1],
     )

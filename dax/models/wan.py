@@ -141,7 +141,6 @@ def attend_heads(attn, q, k, v, rotary_emb, backend: Backend):
     returns     [B, S, C]
     """
     turn = turn_of(attn, rotary_emb)
-    k = turned(k, attn.heads, turn.k_weight, turn.cos, turn.sin, turn.eps).flatten(2)
     stats = backend.stats(k, v, attn.heads, turn)
     operands = backend.prepare(q, k, v, attn.heads, turn, stats)
     return backend.attend(operands, k.shape[1]).flatten(2).type_as(q)

@@ -71,20 +71,20 @@ def compile_all() -> None:
 
 def into_rooms(name, op, given) -> None:
     """The same kernel as it writes to several places, if it can."""
-    from dax.kernels import attention_int8, qk_quantize, v_quantize
+    from dax.kernels import attention_int8, k_quantize, q_quantize, v_quantize
     from dax.kernels.rooms import addresses
 
     if name == "attention_int8" and not given[-1]:
         attention_int8.attention_int8_into(*given[:-1], [op.reference(*given)])
     start = {
-        "q_quantize": qk_quantize.start_q_quantize,
-        "k_quantize": qk_quantize.start_k_quantize,
+        "q_quantize": q_quantize.start_q_quantize,
+        "k_quantize": k_quantize.start_k_quantize,
         "v_quantize": v_quantize.start_v_quantize,
     }.get(name)
     if start:
         rooms = [op.reference(*given)[0]]
-        eps = (1e-6,) if name == "q_quantize" else ()
-        start(*given[: 2 if name == "v_quantize" else None], *eps, rooms[0], addresses(rooms, 1))
+        given = given[:2] if name == "v_quantize" else (*given, 1e-6)
+        start(*given, rooms[0], addresses(rooms, 1))
 
 
 def compile_for_tokens() -> None:
@@ -95,9 +95,10 @@ def compile_for_tokens() -> None:
         attention_bf16,
         attention_int8,
         gated_residual,
+        k_quantize,
         norm_modulate,
+        q_quantize,
         qk_norm_rope,
-        qk_quantize,
         quantize,
         scaled_linear,
         token_stats,
@@ -114,11 +115,11 @@ def compile_for_tokens() -> None:
         "residual_norm_modulate": lambda s: norm_modulate.residual_case(1, s, 384, (1, 1), (1, 1)),
         "norm_modulate_quantize": lambda s: norm_modulate.case(1, s, 384, 1, torch.int8),
         "qk_norm_rope": lambda s: qk_norm_rope.case(1, s, 2, 128, fused=True),
-        "q_quantize": lambda s: qk_quantize.q_case(1, s, 2, 128, fused=True),
-        "k_quantize": lambda s: qk_quantize.k_case(1, s, 2, 128),
+        "q_quantize": lambda s: q_quantize.q_case(1, s, 2, 128, fused=True),
+        "k_quantize": lambda s: k_quantize.k_case(1, s, 2, 128, fused=True),
         "quantize_rows": lambda s: quantize.case(s, 384, torch.int8),
         "scaled_linear": lambda s: scaled_linear.case((1, s, 384), 256, torch.int8),
-        "token_means": lambda s: token_stats.case(1, s, 2, 128, fused=True),
+        "key_means": lambda s: token_stats.turned_case(1, s, 2, 128, fused=True),
         "v_quantize": lambda s: v_quantize.case(1, s, 2, 128, fused=True),
     }
     for name, case in cases.items():

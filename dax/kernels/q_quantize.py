@@ -1,8 +1,7 @@
-"""Queries and keys in 8 bits, as the attention wants them.
+"""Queries in 8 bits, as the attention wants them: from their projection to int8 in one pass.
 
-A query has a scale per token and head, and goes from its projection to int8 in one pass. Keys have one per 128 tokens
-and head, and are first shifted by their mean over all tokens: softmax does not see it, and it carries most of their
-range. Both sides go through the same orthogonal transform of a head's channels (hadamard.py).
+A query has a scale per token and head. Queries and keys (k_quantize.py) go through the same orthogonal transform of a
+head's channels (hadamard.py).
 """
 
 import torch
@@ -10,15 +9,13 @@ import torch
 from dax.kernels.hadamard import mixed, transformed
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
-from dax.kernels.qk_norm_rope import qk_norm_rope_reference, rotary_table, rows_of, table_of
+from dax.kernels.qk_norm_rope import qk_norm_rope_reference, rotary_table, table_of
 from dax.kernels.rooms import addresses, fill
 from dax.kernels.start import start
 
-TILE = 128  # keys that share a scale, and what attention takes at a time
 LOG2_E = 1.4426950408889634
 SMALLEST = 1e-20  # of a scale, so that zeros have one
 BLOCK, Q_WARPS = 1024, 1  # elements a program holds at a time; a single warp needs no barriers
-K_WARPS = 4
 
 
 def q_quantize_reference(
@@ -42,32 +39,8 @@ def q_quantize_reference(
     return codes(x / step[..., None]), step * (scale * LOG2_E)
 
 
-def k_quantize_reference(k: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shift, transform and quantize finished keys: one scale per tile of 128 tokens and head.
-
-    k        [B, s, H, D]   normed and rotated; tokens may be strided
-    mean     [B, H, D] fp32 over all tokens, of all ranks
-    returns  [B, H, T, 128, D] int8, [B, H, T] fp32, T = ceil(s / 128); the last tile repeats the last key
-    Reads k once and writes half of it: 3 B s C bytes in bf16. Bandwidth-bound.
-    """
-    B, S, H, D = k.shape
-    T = num_tiles(S)
-    x = repeated(transformed(k.float() - mean[:, None]).transpose(1, 2)).view(B, H, T, TILE, D)
-    step = (x.abs().amax((-1, -2)) / 127).clamp_min(SMALLEST)
-    return codes(x / step[..., None, None]), step
-
-
-def repeated(x):
-    """x [B, H, s, D] with its last token repeated until the last tile is full."""
-    return torch.cat((x, x[:, :, -1:].expand(-1, -1, -x.shape[2] % TILE, -1)), dim=2)
-
-
 def codes(x):
     return x.nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8).contiguous()
-
-
-def num_tiles(tokens: int) -> int:
-    return -(-tokens // TILE)
 
 
 @triton.jit
@@ -151,32 +124,6 @@ def q_quantize_kernel(
             tl.store(out + where + i * WIDTH, ((low & 0xFF) | (high << 8)).to(tl.int16))
 
 
-@triton.jit(do_not_specialize=["S"])
-def k_quantize_kernel(
-    K, Mean, Codes, Heads, Steps, S, stride_b, stride_s, stride_h,
-    D: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    WIDTH: tl.constexpr = D // 4
-    head, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    token = tl.minimum(tile * TILE + tl.arange(0, TILE), S - 1).to(tl.int64)
-    columns = tl.arange(0, WIDTH)
-    at = K + batch * stride_b + head * stride_h + token[:, None] * stride_s + columns[None, :]
-    index = batch * tl.num_programs(0) + head
-    mean = Mean + index * D + columns
-    y = ()
-    for i in tl.static_range(4):
-        y = y + (tl.load(at + i * WIDTH).to(tl.float32) - tl.load(mean + i * WIDTH)[None, :],)
-    y = mixed(y[0], y[1], y[2], y[3], WIDTH, 0)
-    reach = tl.reduce(tl.reduce(largest(y[0], y[1], y[2], y[3]), 1, larger), 0, larger)
-    step = larger(reach / 127, 1e-20 + reach * 0.0)
-    tl.store(Steps + index * tl.num_programs(1) + tile, step * 0.17677669529663687)  # 32^-0.5
-    inverse = 1.0 / step
-    begin = index * tl.num_programs(1) * TILE * D if Heads is None else tl.load(Heads + index) * 16
-    out = Codes + begin + tile * TILE * D + tl.arange(0, TILE)[:, None] * D + columns[None, :]
-    for i in tl.static_range(4):
-        tl.store(out + i * WIDTH, rounded(y[i] * inverse).to(tl.int8))
-
-
 def chunk_of(C: int, D: int) -> int:
     """Columns taken at a time: as many whole heads as a power of two divides them into, at most 1024 columns."""
     heads = C // D
@@ -234,34 +181,6 @@ def start_q_quantize(q, heads, scale, weight, cos, sin, eps, out, places=None) -
     return scales
 
 
-def launch_k_quantize(k: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    B, S, H, D = k.shape
-    quantized = torch.empty(B, H, num_tiles(S), TILE, D, device=k.device, dtype=torch.int8)
-    return quantized, start_k_quantize(k, mean, quantized)
-
-
-def k_quantize_into(k, mean, rooms: list) -> torch.Tensor:
-    """k_quantize with its codes written to `rooms`, [B, h, T, 128, D] int8 each; returns the scales [B, H, T] fp32."""
-    if k.is_cuda:
-        return start_k_quantize(k, mean, rooms[0], addresses(rooms, 1))
-    quantized, steps = K_QUANTIZE(k, mean)
-    fill(rooms, quantized, 1)
-    return steps
-
-
-def start_k_quantize(k, mean, out, places=None) -> torch.Tensor:
-    B, S, H, D = k.shape
-    T = num_tiles(S)
-    k, mean = rows_of(k), mean.contiguous()
-    steps = torch.empty(B, H, T, device=k.device, dtype=torch.float32)
-    with torch.cuda.device_of(k):
-        start(
-            k_quantize_kernel, (H, T, B), k, mean, out, places, steps, S, k.stride(0), k.stride(1), k.stride(2),
-            D=D, TILE=TILE, num_warps=K_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
-    return steps
-
-
 def q_case(B, s, H, D, *, fused=False, turn=True, dtype=torch.bfloat16, loud=1.0, odd=0):
     def arguments(generator, device):
         def gaussian(*shape):
@@ -273,17 +192,6 @@ def q_case(B, s, H, D, *, fused=False, turn=True, dtype=torch.bfloat16, loud=1.0
         q = q.chunk(3, dim=-1)[0] if fused else q
         weight = (1 + 0.2 * gaussian(H * D)).to(dtype) if turn else None
         return q, H, D**-0.5, weight, *(rotary_table(s, D, device) if turn else (None, None))
-
-    return arguments
-
-
-def k_case(B, s, H, D, *, dtype=torch.bfloat16, scale=1.0):
-    def arguments(generator, device):
-        k = torch.randn(B, s, H, D, generator=generator, device=device) + torch.randn(
-            H, D, generator=generator, device=device
-        )
-        k = (k * scale).to(dtype)
-        return k, k.float().mean(1)
 
     return arguments
 
@@ -304,18 +212,4 @@ Q_QUANTIZE = define(
         transformed(qk_norm_rope_reference(q.float(), heads, *turn)).transpose(1, 2) * (scale * LOG2_E)
     ),
     decode=lambda outputs: outputs[0].float() * outputs[1][..., None],
-)
-
-K_QUANTIZE = define(
-    k_quantize_reference,
-    launch_k_quantize,
-    cases={
-        "one token": k_case(1, 1, 3, 128),
-        "63 in two batches": k_case(2, 63, 4, 64),
-        "257": k_case(1, 257, 2, 128, dtype=torch.float16),
-        "zeros": k_case(1, 130, 2, 64, scale=0.0),
-    },
-    cost=lambda k, mean: Cost(20 * k.numel(), (k.element_size() + 1) * k.numel(), "fp32"),
-    exact=lambda k, mean: repeated(transformed(k.float() - mean[:, None]).transpose(1, 2)),
-    decode=lambda outputs: (outputs[0].float() * outputs[1][..., None, None]).flatten(2, 3),
 )
