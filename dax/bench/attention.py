@@ -27,7 +27,7 @@ COLUMNS = {
 }
 CHECKED_ROWS, CHECKED_HEADS = 64, 4
 EXACT_LIMIT, LOSSY_LIMIT = 0.006, 0.06
-PASSES = ("copy", "qk_norm_rope", "q_quantize")
+PASSES = ("copy", "qk_norm_rope", "q_quantize", "key_means", "k_quantize")
 
 
 @dataclass
@@ -169,19 +169,23 @@ def eight_bits(q, k, v, portable: bool) -> list[Row]:
 
 
 def memory_pass(name: str, q) -> Row:
-    """A pass over queries that memory bounds: a plain copy, norm and rotation, the same with quantization."""
+    """What memory bounds, over queries or keys: a copy, norm and rotation, the same to 8 bits, the mean of keys."""
     import torch
 
+    from dax.kernels.k_quantize import K_QUANTIZE
     from dax.kernels.q_quantize import Q_QUANTIZE
     from dax.kernels.qk_norm_rope import QK_NORM_ROPE, rotary_table
+    from dax.kernels.token_stats import EVERY, KEY_MEANS
 
     _, S, H, D = q.shape
     flat, weight, (cos, sin) = q.flatten(2), q.new_ones(H * D), rotary_table(S, D, q.device)
-    copied, tables = torch.empty_like(flat), 2 * cos.nbytes
+    copied, tables, mean = torch.empty_like(flat), 2 * cos.nbytes, q.new_zeros(1, H, D, dtype=torch.float32)
     calls = {
         "copy": (lambda *_: copied.copy_(flat), 2 * flat.nbytes),
         "qk_norm_rope": (lambda *_: QK_NORM_ROPE(flat, H, weight, cos, sin), 2 * flat.nbytes + tables),
         "q_quantize": (lambda *_: Q_QUANTIZE(flat, H, D**-0.5, weight, cos, sin), 1.5 * flat.nbytes + tables),
+        "key_means": (lambda *_: KEY_MEANS(flat, H, weight, cos, sin), (flat.nbytes + tables) / EVERY),
+        "k_quantize": (lambda *_: K_QUANTIZE(flat, H, mean, weight, cos, sin), 2.5 * flat.nbytes + tables),
     }
     call, moved = calls[name]
     return Row(name, call, moved=moved)

@@ -87,7 +87,7 @@ def k_quantize_kernel(
     row = K + batch * stride_b + token * stride_s
     out = Codes.to(tl.pointer_type(tl.int16), bitcast=True)  # two codes at a time
     for j in range(HEADS):
-        head = tl.program_id(0) * HEADS + j
+        head = j * tl.num_programs(0) + tl.program_id(0)  # neighbours take heads that lie side by side
         index = batch * (tl.num_programs(0) * HEADS) + head
         u, v = (), ()
         for i in tl.static_range(4):
@@ -161,15 +161,15 @@ def start_k_quantize(k, heads, mean, weight, cos, sin, eps, out, places=None) ->
     return steps
 
 
-def k_case(B, s, H, D, *, fused=False, turn=True, dtype=torch.bfloat16, scale=1.0, odd=0):
+def k_case(B, s, H, D, *, fused=False, norm=True, rope=True, dtype=torch.bfloat16, scale=1.0, odd=0):
     def arguments(generator, device):
         def gaussian(*shape):
             return torch.randn(*shape, generator=generator, device=device)
 
         k = (gaussian(B, s, (3 if fused else 1) * H * D + odd) * scale).to(dtype)[..., odd:]
         k = k.chunk(3, dim=-1)[1] if fused else k
-        weight = (1 + 0.2 * gaussian(H * D)).to(dtype) if turn else None
-        return k, H, scale * gaussian(B, H, D), weight, *(rotary_table(s, D, device) if turn else (None, None))
+        weight = (1 + 0.2 * gaussian(H * D)).to(dtype) if norm else None
+        return k, H, scale * gaussian(B, H, D), weight, *(rotary_table(s, D, device) if rope else (None, None))
 
     return arguments
 
@@ -180,10 +180,10 @@ K_QUANTIZE = define(
     cases={
         "one token": k_case(1, 1, 3, 128),
         "63 of a fused projection": k_case(2, 63, 4, 64, fused=True),
-        "130 of five heads": k_case(1, 130, 5, 64, dtype=torch.float16),
+        "130 of five heads without rotation": k_case(1, 130, 5, 64, rope=False, dtype=torch.float16),
         "rows that begin at odd columns": k_case(1, 65, 8, 128, odd=1),
-        "zeros": k_case(1, 130, 2, 64, scale=0.0),
-        "257, finished before": k_case(1, 257, 2, 128, turn=False),
+        "zeros without norm": k_case(1, 130, 2, 64, norm=False, scale=0.0),
+        "257, finished before": k_case(1, 257, 2, 128, norm=False, rope=False),
     },
     cost=lambda k, heads, mean, weight=None, *turn: Cost(
         20 * k.numel(), ((1 if weight is None else 2) * k.element_size() + 1) * k.numel(), "fp32"
