@@ -79,7 +79,11 @@ def k_quantize_kernel(
     K, Turns, Weight, Mean, Codes, Heads, Steps, S, stride_b, stride_s,
     D: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """In pairs of columns, as q_quantize_kernel: the first level of the transform is in the rotation."""
+    """In pairs of columns, as q_quantize_kernel: the first level of the transform is in the rotation.
+
+    A thread has four pairs of each quarter, told as all that may lie together, and so two tokens, which share what the
+    columns have.
+    """
     WIDTH: tl.constexpr = D // 8  # pairs of a quarter of a head
     tile, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     token = tl.minimum(tile * TILE + tl.arange(0, TILE), S - 1).to(tl.int64)[:, None]  # beyond the end: the last again
