@@ -100,7 +100,7 @@ def k_quantize_kernel(
             if Weight is not None:
                 even_weight, odd_weight = pairs(Weight + head * D, at)
                 even, odd = even * even_weight[None, :], odd * odd_weight[None, :]
-            even_mean, odd_mean = tl.split(tl.load(Mean + index * D + 2 * at[:, None] + tl.arange(0, 2)[None, :]))
+            even_mean, odd_mean = pairs(Mean + index * D, at)
             if Turns is not None:
                 plus, minus = pairs(Turns + (batch * S + token) * D, at[None, :])
                 u += (even * plus + (odd * minus - (even_mean + odd_mean)[None, :]),)
@@ -147,7 +147,7 @@ def k_quantize_into(k, heads: int, mean, weight, cos, sin, eps: float, rooms: li
 def start_k_quantize(k, heads, mean, weight, cos, sin, eps, out, places=None) -> torch.Tensor:
     B, S, C = k.shape
     D, T, group = C // heads, num_tiles(S), min(heads & -heads, MOST_HEADS)
-    k, mean, cos, sin = words_of(k), mean.contiguous(), table_of(cos), table_of(sin)
+    k, mean, cos, sin = words_of(k), words_of(mean.contiguous()), table_of(cos), table_of(sin)
     turns, norm = None, weight is not None
     steps = torch.empty(B, heads, T, device=k.device, dtype=torch.float32)
     with torch.cuda.device_of(k):
