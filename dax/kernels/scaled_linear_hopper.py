@@ -80,12 +80,12 @@ def consumer(buffers, operands, WG: gl.constexpr, GELU: gl.constexpr, RESIDUAL: 
             tma.store_wait(0)
             mbarrier.expect(ready.index(WG), BM * BN * 2)
             load_tile(ResidualTiles, [row0, column0], ready.index(WG), outs.index(WG))
-        x_scale = gl.load(XScale + row0 + rows_of, mask=row0 + rows_of < M, other=0.0)  # on its way under the product
         for step in range(done + warm, done + steps):
             acc = accumulate(xs, ws, full, empty, acc, step, WG)
         product = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((done + steps - 1) % STAGES), count=1)
         done += steps
+        x_scale = gl.load(XScale + row0 + rows_of, mask=row0 + rows_of < M, other=0.0)
         if RESIDUAL:
             mbarrier.wait(ready.index(WG), turn & 1)
         else:
