@@ -339,6 +339,18 @@ def cached(parallel, cache):
     return relative(together, alone), relative(alone, full), computed
 
 
+def groups_after_engines(parallel, count):
+    """Process groups that were ever made here, after each of `count` engines in a row that is used and undone."""
+    import dax
+
+    pipe, found = build_pipe(), []
+    for _ in range(count):
+        with dax.optimize(pipe, attention={"kernel": "sdpa"}, parallel=parallel):
+            run_pipe(pipe)
+        found.append(dist.get_pg_count())
+    return found
+
+
 def seen_on_cpus():
     """Ranks on CPUs exchange through a window too, as GPUs that see each other's memory do."""
     return mock.patch("dax.parallel.window.problem", lambda wire, device: None)

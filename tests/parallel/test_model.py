@@ -56,6 +56,13 @@ def test_one_window_serves_all_layers_of_a_pipeline(ranks, case):
         assert restored
 
 
+@pytest.mark.parametrize("count, parallel", [(2, {"cfg": 2}), (4, {"cfg": 2, "ulysses": 2})])
+def test_engines_in_a_row_make_no_more_groups_than_one(ranks, count, parallel):
+    """A communicator takes time to make and to shut down, at the latest when the process ends, one after the other."""
+    for first, *others in ranks(count).run(tasks.groups_after_engines, parallel, 3):
+        assert others == [first, first]
+
+
 def test_without_guidance(ranks):
     for latents, _, _, _ in ranks(2).run(tasks.model, {"cfg": 1}, 1.0):
         assert latents < 1e-5
