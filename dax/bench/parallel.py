@@ -1,5 +1,7 @@
 """`dax bench parallel --gpus N`: one GPU against N. The ranks are started, each part is measured, and checked.
 
+Of several numbers, as in `--gpus 2,4`, each has ranks of its own, one after the other, and every row says its `gpus`.
+
 The ways to share a forward are in parallel_ways.py; the link, the decoder and a whole clip in parallel_parts.py.
 """
 
@@ -34,9 +36,11 @@ def bench(
 
     size    height, width, num_frames; None for the model's own
     layers  blocks to build, 4 by default
+    gpus    how many, or several numbers with commas between: "2,4"
     parts   some of PARTS, with commas between; all by default
     chunks  head chunks of the ways that hide the exchange
     log     hears each figure as it is known, so that a run that is cut short has told something
+    Where ranks fail after those of another number have answered, that is what failed, and the record holds the rest.
     """
     import torch
 
@@ -48,33 +52,54 @@ def bench(
         raise DaxError(
             "bad_request", f"bench parallel: {facts.name} has two experts: wan2.1-t2v-14b is as large as one"
         )
-    if gpus < 2:
-        raise DaxError("bad_request", "bench parallel: --gpus 2 or more")
-    chosen = list(PARTS) if parts is None else [name.strip() for name in parts.split(",") if name.strip()]
+    counts, chosen = numbers(str(gpus)), list(PARTS)
+    if parts is not None:
+        chosen = [name.strip() for name in parts.split(",") if name.strip()]
     for name in chosen:
         if name not in PARTS:
             raise DaxError("bad_request", f"--rows: parallel has no part {name!r}{nearest(name, PARTS)}")
-    check_gpus(gpus, device, torch.cuda.device_count())
+    check_gpus(max(counts), device, torch.cuda.device_count())
     device = device or "cuda"
     layers = min(layers or 4, facts.num_layers)
-    log(f"{facts.name}: {layers} of {facts.num_layers} blocks, plan {plan}, on {gpus} x {device}")
-    job = Job(facts, asdict(pixels), layers, plan, gpus, device, warm_up_s, timed_s, chunks, log)
-    figures = run_ranks(measure, (job, chosen), gpus)
-    failed, rows = wrong_in(figures), figures.pop("ways", [])
-    about = {**named(facts, pixels), "num_blocks": layers, "plan": plan, "gpus": gpus}
-    return report.record("parallel", device, **about, failed=failed, rows=rows, **figures)
+    figures, failed = {name: [] for name in ("ways", *chosen)}, []
+    for count in counts:
+        log(f"{facts.name}: {layers} of {facts.num_layers} blocks, plan {plan}, on {count} x {device}")
+        job = Job(facts, asdict(pixels), layers, plan, count, device, warm_up_s, timed_s, chunks, log)
+        try:
+            found = run_ranks(measure, (job, chosen), count)
+        except DaxError as error:
+            if count == counts[0] or error.code in ("interrupted", "terminated"):
+                raise
+            failed.append(f"{count} GPUs: {error}")
+            break
+        failed += [f"{count} GPUs: {wrong}" for wrong in wrong_in(found)]
+        for name, rows in found.items():
+            figures[name] += [{"gpus": count} | row for row in rows]
+    about = {**named(facts, pixels), "num_blocks": layers, "plan": plan, "gpus": counts}
+    rows = figures.pop("ways")
+    return report.record("parallel", device, **about, failed="; ".join(failed) or None, rows=rows, **figures)
 
 
-def wrong_in(figures: dict) -> str | None:
-    """What a check found wrong, in a line; None if all is well. A clip must lie inside the noise floor."""
+def numbers(text: str) -> list[int]:
+    """Of "2,4": [2, 4]. DaxError("bad_request") for what is no list of different numbers from 2 up."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 1 for part in parts):
+        raise DaxError("bad_request", f"bench parallel: --gpus {text}: 2 or more, or several numbers as in 2,4")
+    counts = [int(part) for part in parts]
+    if len(set(counts)) < len(counts):
+        raise DaxError("bad_request", f"bench parallel: --gpus {text}: each number once")
+    return counts
+
+
+def wrong_in(figures: dict) -> list[str]:
+    """What checks found wrong, a line each. A clip must lie inside the noise floor."""
     limits = {"ways": lambda row: SAME, "vae": lambda row: DECODE_SAME, "clip": lambda row: row["floor"]}
-    wrong = [
+    return [
         f"{row['label']}: error {row['error']:.2g}, limit {limits[part](row):.2g}"
         for part, rows in figures.items()
         for row in rows
         if part in limits and not row["error"] <= limits[part](row)
     ]
-    return "; ".join(wrong) or None
 
 
 def measure(job: Job, chosen: list[str]) -> dict:

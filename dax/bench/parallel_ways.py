@@ -7,6 +7,7 @@ block adds: the time with the blocks less the time without, over their number.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from statistics import median
 
 from dax.bench import costs, report, rivals
@@ -14,9 +15,12 @@ from dax.bench.forward import inputs
 from dax.bench.model import build, pipeline
 from dax.bench.parallel_parts import Job, relative
 from dax.bench.ranks_clock import ROUNDS, RanksClock
+from dax.errors import DaxError
+from dax.parallel.topology import Topology, topologies
 
 SAME = 0.03  # from what one GPU computes with the same kernels: bf16 of other shapes rounds otherwise
 COLUMNS = {
+    "gpus": "GPUs",
     "label": "way",
     "ms_per_layer": "ms/layer",
     "speedup": "times one",
@@ -46,24 +50,38 @@ class Way:
 ONE = Way("one GPU, the slower", {})
 
 
-def ways(gpus: int, chunks: int, eight_bits: bool, window: bool = False) -> list[Way]:
+def ways(gpus: int, heads: int, chunks: int, eight_bits: bool, window: bool = False) -> list[Way]:
     """What is timed on so many GPUs. `chunks` head chunks where the exchange is hidden.
 
     window   whether the GPUs see each other's memory
+    On two GPUs tokens are shared in every way: both wires, by messages and through a window, serial and in chunks. On
+    more the planner's choice is timed beside what it chose from: Ulysses over all and over each branch's half, the half
+    with rows as well, and rows alone. Each takes the narrowest wire and the window where there is one, serial and in
+    chunks; those of Ulysses alone are also timed as serial messages.
     """
-    share = {"cfg": 1, "ulysses": gpus, "rows": 1, "vae": "none"}
-    found = []
-    for wire, named in (("plain", ""), ("8bit", ", 8-bit wire"))[: 1 + eight_bits]:
-        for through in (False, True)[: 1 + window]:
-            for overlap, order in ((0, "serial"), (chunks, f"{chunks} head chunks")):
-                label = f"ulysses {gpus}, {order}{named}" + ", window" * through
-                found.append(Way(label, share | {"overlap": overlap, "wire": wire}, window=through))
-    rows = share | {"ulysses": 1, "rows": gpus, "overlap": chunks}
-    found.append(Way(f"rows {gpus}, {chunks} head chunks", rows, window=False))
-    if gpus % 2 == 0:
-        half = {"cfg": 2, "ulysses": gpus // 2, "rows": 1, "vae": "none"}
-        found.append(Way("cfg 2" + f" x ulysses {gpus // 2}" * (gpus > 2), half, branches=2))
-    return found
+    wires, carriers = ("plain", "8bit")[: 1 + eight_bits], (False, True)[: 1 + window]
+    every = list(product(wires, carriers, (0, chunks)))
+    plain, best = every[-2 * len(carriers)], every[-2:]
+    if gpus == 2:
+        orders = {Topology(1, 2, 1): every, Topology(1, 1, 2): [(wires[-1], False, chunks)], Topology(2, 1, 1): [plain]}
+    else:
+        columns, half = list(dict.fromkeys([plain, *best])), gpus // 2
+        orders = {Topology(1, gpus, 1): columns, Topology(2, half, 1): columns}
+        orders |= {Topology(1, half, 2): best, Topology(1, 1, gpus): best}
+    usable = topologies(gpus, heads)
+    return [way_of(topology, *order) for topology, each in orders.items() if topology in usable for order in each]
+
+
+def way_of(topology: Topology, wire: str, window: bool, chunks: int) -> Way:
+    """A topology with everything about its exchange decided. Two branches exchange once a step, in one way."""
+    degrees = {"cfg": topology.cfg, "ulysses": topology.ulysses, "rows": topology.rows}
+    label = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
+    parallel = degrees | {"vae": "none"}
+    if topology.sequence == 1:
+        return Way(label, parallel, topology.cfg)
+    order = f"{chunks} head chunks" if chunks else "serial"
+    label += f", {order}" + ", 8-bit wire" * (wire == "8bit") + ", window" * window
+    return Way(label, parallel | {"overlap": chunks, "wire": wire}, topology.cfg, window)
 
 
 def one_rank(job: Job):
@@ -84,14 +102,15 @@ def way_rows(job: Job, clock: RanksClock, before) -> list[dict]:
     window, why = opened(Wire(dist.group.WORLD), job.device)
     if why:
         clock.tell(f"no window: {why}")
-    tried = [ONE, *ways(job.gpus, job.chunks, engine.plan.attention.kernel == "int8", window is not None)]
+    eight_bits = engine.plan.attention.kernel == "int8"
+    tried = [ONE, *ways(job.gpus, job.facts.num_heads, job.chunks, eight_bits, window is not None)]
+    arrangements, windows = {str(ONE.parallel): (alone, engine)}, {}
     ready, errors, readings = {}, {}, {}
     for way in tried:
-        pipe, own = (alone, engine) if way is ONE else arranged(job, transformer, way.parallel)
-        if way.window is not None:
-            for sequence in own.sequences:
-                sequence.through(window if way.window else None)
-        run = call_of(job.facts, job.pixels, pipe.transformer, job.device, way.branches)
+        key = str(way.parallel)  # ways that differ in the carrier alone share a model
+        pipe, own = arrangements.get(key) or arrangements.setdefault(key, arranged(job, transformer, way.parallel))
+        carriers = [(each, window_of(each.wire, windows, job.device) if way.window else None) for each in own.sequences]
+        run = call_of(job.facts, job.pixels, pipe.transformer, job.device, way.branches, carriers)
         output = run().float()
         if way is ONE:
             reference = output
@@ -119,8 +138,8 @@ def way_rows(job: Job, clock: RanksClock, before) -> list[dict]:
         rows.append(row)
     beside_one(rows, job.gpus)
     for row in rows:
-        cells = (f"{name} {report.shown(row.get(key))}" for key, name in COLUMNS.items() if key != "label")
-        clock.tell(f"{row['label']}: {', '.join(cells)}")
+        told = {name: report.shown(row.get(key)) for key, name in COLUMNS.items() if key not in ("gpus", "label")}
+        clock.tell(f"{row['label']}: {', '.join(f'{name} {cell}' for name, cell in told.items())}")
     return rows
 
 
@@ -134,22 +153,44 @@ def auto_rows(job: Job, clock: RanksClock, before) -> list[dict]:
 
 
 def arranged(job: Job, transformer, parallel: dict | None):
-    """(a pipeline around a twin of the transformer under the plan, its engine)."""
+    """(a pipeline around a twin of the transformer under the plan, its engine), which exchanges by messages."""
     import dax
 
     pipe = pipeline([rivals.twin(transformer)], job.facts)
     pipe._guidance_scale = job.facts.defaults.guidance_scale  # of a run: guidance is on
     overrides = {"linear": {"keep_original": "none"}} | ({} if parallel is None else {"parallel": parallel})
     tokens = job.facts.tokens(**job.pixels)
-    return pipe, dax.optimize(pipe, job.plan, tokens=tokens, **overrides)  # undone never: twins share their originals
+    engine = dax.optimize(pipe, job.plan, tokens=tokens, **overrides)  # undone never: twins share their originals
+    for sequence in engine.sequences:
+        sequence.through(None)
+    return pipe, engine
 
 
-def call_of(facts, pixels: dict, model, device: str, branches: int) -> Callable:
-    """One forward, or with `branches` 2 one step's two, as the pipeline asks for them; returns the first's output."""
+def window_of(wire, windows: dict, device: str):
+    """The window of a wire's ranks, among `windows` by group; models that take turns share one. Collective.
+
+    DaxError("unsupported") where these have none, although all ranks together do.
+    """
+    from dax.parallel.window import opened
+
+    if wire.group_name not in windows:
+        windows[wire.group_name], why = opened(wire, device)
+        if why:
+            raise DaxError("unsupported", f"bench parallel: {wire.ranks} ranks have no window: {why}")
+    return windows[wire.group_name]
+
+
+def call_of(facts, pixels: dict, model, device: str, branches: int, carriers: list[tuple]) -> Callable:
+    """One forward, or with `branches` 2 one step's two, as the pipeline asks for them; returns the first's output.
+
+    carriers   (a Sequence of the model's engine, the window it is to exchange through or None: by messages) each
+    """
     given = inputs(facts, pixels, device)
 
     def call():
         outputs = []
+        for sequence, window in carriers:
+            sequence.window = window
         for name in ("cond", "uncond")[:branches]:
             with model.cache_context(name):
                 outputs.append(model(**given, return_dict=False)[0])
@@ -184,7 +225,7 @@ def beside_one(rows: list[dict], gpus: int) -> None:
         if not way:
             continue
         row["lost_ms"] = each - one / gpus
-        key = way["ulysses"], way["rows"], way.get("wire"), row.get("window")
+        key = way["cfg"], way["ulysses"], way["rows"], way.get("wire"), row.get("window")
         if way.get("overlap") == 0:
             serial[key] = row["lost_ms"]
         elif key in serial:
@@ -195,7 +236,6 @@ def predicted(way: Way, job: Job, plan) -> float | None:
     """The planner's speed-up for a way, resolved as that plan; None without a data sheet, and for one GPU."""
     from dax.hardware import machine
     from dax.parallel.cost import predict
-    from dax.parallel.topology import Topology
 
     cluster = costs.cluster(plan, machine(job.device))
     if cluster is None or way is ONE:

@@ -1,6 +1,7 @@
 """`dax bench SUBJECT`: figures with their ceilings. The work is in `dax.bench`, a file for each subject."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,7 +33,8 @@ def command(
     waterfall: Annotated[bool, typer.Option("--waterfall", help="add each plan's techniques one by one")] = False,
     warm_up_s: Annotated[float, typer.Option("--warm-up", help="seconds back to back before each visit")] = 5.0,
     timed_s: Annotated[float, typer.Option("--seconds", help="seconds timed per row, over two visits")] = 5.0,
-    gpus: Annotated[int, typer.Option(help="parallel: how many")] = 2,
+    gpus: Annotated[str, typer.Option(help="parallel: how many, or several numbers in turn, as in 2,4")] = "2",
+    svg: Annotated[Path | None, typer.Option(help="parallel: draw the ways here, measured and predicted")] = None,
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
@@ -46,6 +48,8 @@ def command(
         print(json.dumps(entries) if as_json else report.table(entries, claims.COLUMNS))
         return
 
+    if svg and (subject != "parallel" or "ways" not in (rows or "ways") or not svg.absolute().parent.is_dir()):
+        raise DaxError("bad_request", f"--svg {svg}: bench parallel draws its ways, into a folder that is there")
     if subject in ("attention", "linear", "block", "forward", "video"):
         from dax.hardware import machine
 
@@ -101,5 +105,10 @@ def command(
 
         print(headline(result))
         print(table(result["rows"], COLUMNS))
+    if svg:
+        from dax.bench.compare_cells import write_atomically
+        from dax.bench.parallel_plot import drawn
+
+        write_atomically(svg, drawn(result).encode())
     if result.get("failed"):
         raise DaxError("check_failed", result["failed"])

@@ -364,6 +364,30 @@ def through_a_window(task, *args):
     return answer
 
 
+def bench_ways():
+    """(rows of the bench's ways on all ranks, labels of those whose exchanges went through a window)"""
+    from dax.bench import parallel_ways
+    from dax.bench.parallel_parts import Job
+    from dax.bench.ranks_clock import RanksClock
+    from dax.facts import FACTS
+
+    class Clock(RanksClock):
+        def sustained_ms(self, call, share=1.0):
+            with mock.patch.object(Window, "give_back", autospec=True, side_effect=Window.give_back) as given:
+                answer = super().sustained_ms(call, share)
+            through.append(given.called)
+            return answer
+
+    through, pixels, short = [], {"height": 128, "width": 128, "num_frames": 33}, (0.001, 0.001)
+    job = Job(FACTS["tiny"], pixels, 1, "balanced", dist.get_world_size(), "cpu", *short, 2, print)
+    with torch.no_grad():
+        with mock.patch("dax.optimize.num_ranks", lambda: 1), mock.patch("dax.parallel.join.num_ranks", lambda: 1):
+            before = parallel_ways.one_rank(job)
+        with seen_on_cpus():
+            rows = parallel_ways.way_rows(job, Clock("cpu", *short, lambda text: None), before)
+    return rows, {row["label"] for row, went in zip(rows, through) if went}
+
+
 def windowed(parallel):
     """(relative difference of the latents to one process, whether they are those of messages bit for bit, chunks that
     went through the window of all layers, memories that undo gave back)"""
