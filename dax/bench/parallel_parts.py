@@ -4,10 +4,11 @@ A part has up to two halves: what a rank does before there are other ranks, and 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 from dax.facts import FACTS, Facts
+from dax.parallel.topology import topologies
 
 LINK_MIB = (4, 16, 64, 128, 256)
 WARM_FRAMES = 3  # latent frames after which the VAE has met every shape of a longer clip
@@ -122,15 +123,20 @@ def clip_rows(job: Job, clock, before) -> list[dict]:
 
     pipe, alone, floor, described = before
     floor, rows = clock.together(floor), []
-    for cfg in (1, 2) if job.gpus % 2 == 0 else (1,):
-        columns = min(job.gpus // cfg, FACTS["tiny"].num_heads)
-        parallel = {"cfg": cfg, "ulysses": columns, "overlap": min(columns, 2), "vae": "none"}
+    for parallel in clip_ways(job.gpus):
         with dax.optimize(pipe, "exact", parallel=parallel) as engine:
             error = clock.together(relative(clip(pipe), alone))
             way = next(note for note in engine.notes if note.startswith("parallel:"))
         rows.append({"label": f"tiny clip, {way}", "error": error, "floor": floor, "floor_is": described})
         clock.tell(f"{rows[-1]['label']}: latents {error:.2e} off, noise floor {floor:.2e} ({described})")
     return rows
+
+
+def clip_ways(gpus: int) -> list[dict]:
+    """A plan's parallel part by sequence, and by guidance where that can be, each with the most columns of heads."""
+    by_columns = sorted(topologies(gpus, FACTS["tiny"].num_heads), key=lambda topology: topology.ulysses)
+    most = {topology.cfg: topology for topology in by_columns}
+    return [asdict(most[cfg]) | {"overlap": min(most[cfg].ulysses, 2), "vae": "none"} for cfg in sorted(most)]
 
 
 def clip(pipe):

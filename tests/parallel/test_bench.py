@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from dax.bench.parallel import bench, wrong_in
+from dax.bench.parallel_parts import clip_ways
 from dax.bench.parallel_plot import drawn
 from dax.bench.parallel_ways import ONE, Way, beside_one, line, ways
 from dax.cli.main import main
@@ -16,7 +17,7 @@ from dax.facts import FACTS
 from dax.hardware import MACHINES
 from dax.parallel.cost import cluster_of
 from dax.parallel.planner import predictions
-from dax.parallel.topology import topologies
+from dax.parallel.topology import complete, topologies
 from tests.parallel import tasks
 
 WAN14 = FACTS["wan2.1-t2v-14b"]
@@ -54,6 +55,17 @@ def test_on_more_gpus_the_planners_choice_is_among_the_few_that_are_timed(gpus):
     assert {way.parallel["rows"] for way in timed} == {1, 2, gpus}
     messages = ways(gpus, WAN14.num_heads, 5, eight_bits=False)
     assert not any(way.window for way in messages) and len(messages) == 8
+
+
+def test_a_clip_on_any_number_of_gpus_has_ranks_for_all():
+    """The tiny model's 3 heads divide few of them: the rest are rows."""
+    for gpus in (2, 3, 4, 5, 6, 8):
+        found = clip_ways(gpus)
+        assert [way["cfg"] for way in found] == ([1, 2] if gpus % 2 == 0 else [1])
+        for way in found:
+            degrees = {name: way[name] for name in ("cfg", "ulysses", "rows")}
+            assert len(complete(degrees, gpus, FACTS["tiny"].num_heads)) == 1
+    assert clip_ways(8)[0]["ulysses"] == 2 and clip_ways(6)[1]["ulysses"] == 3
 
 
 def test_a_row_is_what_blocks_add():
