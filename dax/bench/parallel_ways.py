@@ -61,11 +61,15 @@ def ways(gpus: int, heads: int, chunks: int, eight_bits: bool, window: bool = Fa
     """
     wires, carriers = ("plain", "8bit")[: 1 + eight_bits], (False, True)[: 1 + window]
     every = list(product(wires, carriers, (0, chunks)))
-    plain, best = every[-2 * len(carriers)], every[-2:]
+    messages, best = every[-2 * len(carriers)], every[-2:]
     if gpus == 2:
-        orders = {Topology(1, 2, 1): every, Topology(1, 1, 2): [(wires[-1], False, chunks)], Topology(2, 1, 1): [plain]}
+        orders = {
+            Topology(1, 2, 1): every,
+            Topology(1, 1, 2): [(wires[-1], False, chunks)],
+            Topology(2, 1, 1): best[:1],
+        }
     else:
-        columns, half = list(dict.fromkeys([plain, *best])), gpus // 2
+        columns, half = list(dict.fromkeys([messages, *best])), gpus // 2
         orders = {Topology(1, gpus, 1): columns, Topology(2, half, 1): columns}
         orders |= {Topology(1, half, 2): best, Topology(1, 1, gpus): best}
     usable = topologies(gpus, heads)
