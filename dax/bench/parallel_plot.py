@@ -77,7 +77,9 @@ def speedups(timed: list[dict], kinds: dict[str, str]) -> list[str]:
                 parts.append(line(f"bar {colour}", x - 6, py(row["predicted"]), x + 6, py(row["predicted"])))
             parts.append(dot(colour, x, py(row["speedup"])))
         fastest = max(row["speedup"] for row in best)
-        parts.append(text(px(count), py(min(row["speedup"] for row in best)) + 24, f"{fastest:.2f}", "label", "middle"))
+        parts.append(
+            text(px(count), py(min(row["speedup"] for row in best)) + 24, f"{fastest:.2f} at best", "label", "middle")
+        )
     return parts + legend(kinds, right + 76, top)
 
 
