@@ -107,9 +107,7 @@ def test_two_ranks_from_typing_to_record(tmp_path):
     heard = tmp_path / "heard"
     result = bench("tiny", (64, 64, 33), 1, "balanced", 2, 0.01, 0.01, "cpu", partial(keep, heard), "ways,auto", 2)
     assert len(result["rows"]) == 7 and result["failed"] is None
-    speedups = [
-        row["speedup"] for row in result["rows"]
-    ]  # of times so short that a block may seem to take less than none
+    speedups = [row["speedup"] for row in result["rows"]]  # 10 ms each: a block may seem to take less than none
     assert all(map(isfinite, speedups)) and speedups[0] == 1 and result["auto"]
     assert {row["gpus"] for row in result["rows"] + result["auto"]} == {2}
     text = heard.read_text()
