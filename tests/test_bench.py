@@ -262,6 +262,10 @@ def test_linear_checks_every_product_and_names_its_ceiling():
     labels = {row["label"] for row in result["rows"] if row["subject"] == "ffn"}
     assert labels == {"DAX int8", "DAX fp8", "bf16, gate in one pass"}
     assert all(row["error"] < 0.05 for row in result["rows"]) and any("int8 0.00" in text for text in log)
+    few = linear.bench("tiny", (64, 64, 5), 0.0, 0.01, "cpu", log.append, "bf16")["rows"]
+    assert [row["label"] for row in few] == ["bf16"] * 3 + ["bf16, gate in one pass"]
+    with pytest.raises(DaxError, match="did you mean 'int8'"):
+        linear.bench("tiny", (64, 64, 5), 0.0, 0.01, "cpu", log.append, "int")
 
 
 def test_a_predicted_step_is_the_sum_it_should_be_or_is_not_timed(monkeypatch):

@@ -11,7 +11,7 @@ from dax.bench import report
 from dax.bench.model import facts_of
 from dax.bench.size import checked_size, named
 from dax.bench.timing import measure
-from dax.errors import DaxError
+from dax.errors import DaxError, nearest
 from dax.facts import Facts
 from dax.quant.scheme import SCHEMES
 
@@ -52,17 +52,26 @@ class Subject:
     products: Callable[[], list[Product]]
 
 
-def bench(model: str | None, size, warm_up_s: float, timed_s: float, device: str | None, log=print) -> dict:
-    """Time the products of one block's linear layers over all tokens of a video, and its feed-forward; the record."""
+def bench(
+    model: str | None, size, warm_up_s: float, timed_s: float, device: str | None, log=print, only: str | None = None
+) -> dict:
+    """Time the products of one block's linear layers over all tokens of a video, and its feed-forward; the record.
+
+    only   some of int8, fp8 and bf16, with commas between; all by default
+    """
     import torch
 
     from dax.hardware import machine
 
+    dtypes = [name.strip() for name in only.split(",")] if only else list(LIMITS)
+    for name in dtypes:
+        if name not in LIMITS:
+            raise DaxError("bad_request", f"--rows: linear has no {name!r}{nearest(name, LIMITS)}")
     facts, here = facts_of(model or "tiny"), machine(device)
     about = named(facts, checked_size(facts, size))
     with torch.no_grad():
         found = [
-            rows(subject, about["tokens"], here, warm_up_s, timed_s, log)
+            rows(subject, dtypes, about["tokens"], here, warm_up_s, timed_s, log)
             for subject in subjects(facts, about["tokens"], here.device)
         ]
     method = {"warm_up_s": warm_up_s, "timed_s": timed_s, "interleaved": True}
@@ -80,9 +89,11 @@ def subjects(facts: Facts, tokens: int, device: str) -> list[Subject]:
     return [*found, Subject("ffn", f"{C} x {F} x {C}", 4 * tokens * C * F, make)]
 
 
-def rows(subject: Subject, tokens: int, machine, warm_up_s: float, timed_s: float, log) -> list[dict]:
-    """The products of a subject, checked, then timed in turns. DaxError("check_failed") if one is off."""
-    products = subject.products()
+def rows(
+    subject: Subject, dtypes: list[str], tokens: int, machine, warm_up_s: float, timed_s: float, log
+) -> list[dict]:
+    """Products of a subject, checked, then timed in turns. DaxError("check_failed") if one is off."""
+    products = [product for product in subject.products() if product.dtype in dtypes]
     errors = [checked(product, tokens, machine.device) for product in products]
     log(f"{subject.name}: " + ", ".join(f"{each.label} {error:.4f}" for each, error in zip(products, errors)))
     calls = {product.label: product.call for product in products}

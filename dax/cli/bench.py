@@ -25,7 +25,10 @@ def command(
         typer.Option("--layers", "--num-blocks", help="blocks to build (4 for block, all for forward and load)"),
     ] = None,
     rows: Annotated[
-        str | None, typer.Option(help="rivals to time, as in eager,fa3,sage; of parallel: ways,auto,link,vae,clip")
+        str | None,
+        typer.Option(
+            help="rivals to time, as in eager,fa3,sage; of linear: int8,fp8,bf16; of parallel: ways,auto,link,vae,clip"
+        ),
     ] = None,
     plan: Annotated[list[str] | None, typer.Option(help="also time DAX under this plan; may be repeated")] = None,
     steps: options.Steps = None,
@@ -87,7 +90,7 @@ def command(
     elif subject == "linear":
         from dax.bench.linear import COLUMNS, bench
 
-        result = bench(model, size, warm_up_s, timed_s, device, log)
+        result = bench(model, size, warm_up_s, timed_s, device, log, rows)
     elif subject == "parallel":
         from dax.bench.parallel import COLUMNS, bench
 
