@@ -1,8 +1,8 @@
 """Calibrating a step cache: from a few prompts' exact runs to step plans for a ladder of budgets, in one artifact.
 
-Record exact runs with the kernels that will be used, measure how errors made at a few steps have grown at the end, find
-the best mask for each predictor by dynamic programming, let a hill climb on real cached runs correct what the model of
-errors got wrong, and keep what is best on prompts none of that has seen.
+Record exact runs with the kernels that will be used, measure how errors made at a few places have grown at the end,
+find the best mask for each predictor by dynamic programming, let a hill climb on real cached runs correct what the
+model of errors got wrong, and keep what is best on prompts none of that has seen.
 """
 
 import random
@@ -14,7 +14,7 @@ import torch
 
 from dax.cache import magcache, teacache
 from dax.cache.artifact import Artifact, Rung
-from dax.cache.optimal import PREDICTORS, Trajectory, best_masks, counts, neighbours, row
+from dax.cache.optimal import LONGEST, PREDICTORS, Trajectory, best_masks, counts, neighbours, row
 from dax.cache.record import Clips, Recording, fidelity, gated, latent_psnr, record, run, told
 from dax.cache.step_plan import COMPUTE, REUSE, Setting, StepPlan
 from dax.errors import DaxError
@@ -162,23 +162,40 @@ def amplification(
 ) -> np.ndarray:
     """[n] how much an error in the velocity at each step, times the step's length, has grown in the final latents.
 
-    Measured at a few steps, by leaving out that one, and interpolated over the steps between in the logarithm. What
-    rounding does anyway is taken off; a probe that does not rise above it tells nothing, and no growth is assumed.
+    Measured at a few places, by leaving out a stretch that is heard above the noise floor, and interpolated between in
+    the logarithm. What rounding does anyway is taken off; a probe that does not rise above it has not grown.
     """
-    n, gram, found = clips.steps, recording.gram, {}
-    ahead = np.diff(np.append(recording.sigmas, 0.0))
+    n, found = clips.steps, {}
+    trajectory = Trajectory(recording.sigmas, recording.gram, np.ones(n))
     probed = sorted({min(n - 1, max(2, round(part * n))) for part in PROBES[: effort.probes]})
     if not probed:
         return np.ones(n)
     with told(pipe, "how errors grow", clips, effort.batch, log, bar, len(probed)):
         for step in probed:
-            actions = tuple(REUSE if i == step else COMPUTE for i in range(n))
+            left_out, made, middle = audible(trajectory, step, floor)
+            actions = tuple(REUSE if i in left_out else COMPUTE for i in range(n))
             with gated(pipe, StepPlan(actions, actions, "probe")):
                 error = distance(run(pipe, clips, effort.batch), recording)
-            made = np.sqrt(gram[step, step] + gram[step - 1, step - 1] - 2 * gram[step, step - 1]) * abs(ahead[step])
-            found[step] = float(np.sqrt(error**2 - floor**2) / made) if error > 1.5 * floor else 1.0
+            found[middle] = float(np.sqrt(error**2 - floor**2) / made) if error > 1.5 * floor else 1.0
+    found = dict(sorted(found.items()))
     log("errors grow by " + ", ".join(f"{value:.2f} from step {step}" for step, value in found.items()))
     return np.exp(np.interp(np.arange(n), list(found), np.log(list(found.values()))))
+
+
+def audible(trajectory: Trajectory, step: int, floor: float) -> tuple[range, float, int]:
+    """(steps to leave out from `step` on, the error in the latents that reuse makes there, where it lies on average).
+
+    As many as it takes for that error to reach the floor, ungrown. One step of a bf16 run does not: its growth would
+    be taken for rounding, and a mask would leave out the early steps, where errors grow most.
+    """
+    error, shares = np.zeros(trajectory.steps), []
+    for last in range(step, min(step + LONGEST - 1, trajectory.steps)):
+        missed = trajectory.ahead()[last] * trajectory.error(last, REUSE, (step - 1,))
+        error, shares = error + missed, [*shares, trajectory.rms(missed)]
+        if trajectory.rms(error) >= floor:
+            break
+    left_out = range(step, step + len(shares))
+    return left_out, trajectory.rms(error), round(float(np.average(left_out, weights=shares)))
 
 
 def distance(latents: torch.Tensor, recording: Recording) -> float:

@@ -1,7 +1,9 @@
 """Calibrating the embedded model, small; what its artifact then does in a plan; what is refused and what is named."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,6 +294,38 @@ def test_recording_is_what_the_runs_did(pipe):
     assert torch.allclose(found.latents, latents, atol=1e-4)
     with torch.no_grad():
         assert 0 < noise_floor(pipe, clips, found, 1) < 1e-3
+
+
+@pytest.mark.parametrize("floor", [1e-6, 0.002])
+def test_growth_is_heard_whatever_the_noise_floor(monkeypatch, floor):
+    """Errors grow 8 times at the start and not at all at the end; rounding is silent or drowns a lone step."""
+    steps, generator = 50, torch.Generator().manual_seed(0)
+    sigmas = np.array(flow_sigmas(steps, 3.0))
+    still, moving, noise = torch.randn(3, 4000, generator=generator, dtype=torch.float64)
+    velocities = [still + s**2 * moving for s in sigmas]
+    growth = 8 ** np.linspace(1, 0, steps)
+    ahead, masks = np.diff(np.append(sigmas, 0.0)), []
+
+    @contextmanager
+    def gated(_, plan):
+        masks.append(plan.mask())
+        yield
+
+    def run_toy(*_):
+        latents = floor * noise
+        for step in (step for step in range(steps) if masks[-1][step] == "0"):
+            reused = velocities[masks[-1].index("0") - 1]
+            latents = latents + growth[step] * ahead[step] * (reused - velocities[step])
+        return latents[None]
+
+    monkeypatch.setattr("dax.cache.calibrate.gated", gated)
+    monkeypatch.setattr("dax.cache.calibrate.run", run_toy)
+    nothing = torch.zeros(1, 4000)
+    clips = record.Clips(nothing, nothing, nothing, 32, 32, 5, steps, 4.0)
+    found = record.Recording(sigmas, record.gram_of(velocities), None, {}, nothing)
+    measured = amplification(SimpleNamespace(progress_bar=None), clips, found, floor, Effort(), lambda _: None)
+    assert np.allclose(measured[5:45], growth[5:45], rtol=0.1)
+    assert ({mask.count("0") for mask in masks} == {1}) == (floor < 1e-5)
 
 
 @pytest.mark.parametrize("bar", [True, False])
