@@ -12,12 +12,15 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from dax.bench.prompts import HERE, default_prompts, read_prompts
-from dax.cache.artifact import Artifact
+from dax.cache.artifact import Artifact, find
 from dax.cache.calibrate import Effort, calibrate
 from dax.cache.magcache import magcache_mask
+from dax.cache.policy import CALIBRATE
 from dax.cache.record import Clips, fidelity, latent_psnr, make_clips, run, told
 from dax.cache.step_plan import Setting, StepPlan
 from dax.cache.teacache import changes, teacache_mask
+from dax.errors import DaxError
+from dax.plan import Plan
 
 SHARES = (0.5, 0.4, 0.33)
 EFFORT = Effort(budgets=SHARES, batch=16)
@@ -50,6 +53,7 @@ def bench(
 ) -> dict:
     """Calibrate the embedded model under a plan's kernels and hold the contest on it; the record, artifact included.
 
+    Under a plan whose cache is calibrated, as `fast`, its calibration is judged, and none is made.
     Judged on combinations of colour, shape and motion that the tiny Wan was never trained on. `bar` as in calibrate.
     """
     import torch
@@ -69,6 +73,7 @@ def bench(
     defaults = FACTS["tiny"].defaults
     steps = steps or defaults.steps
     seen, unseen = read_prompts(HERE / "tiny_trained.txt"), read_prompts(default_prompts("tiny", held_out=True))
+    part, half = Plan.load(plan).cache, len(seen) // 2
     with optimize(pipe, plan, cache={"policy": "none"}) as engine, torch.no_grad():
         setting = Setting(
             steps,
@@ -80,11 +85,14 @@ def bench(
         )
         size = defaults.height, defaults.width, defaults.num_frames
         make = lambda prompts, seed: make_clips(pipe, prompts, size, steps, defaults.guidance_scale, seed)
-        clips, test = make(seen, 0), make(unseen[:num_test], 1000)
-        pipe.scheduler.set_timesteps(steps)
-        moved = changes(time_embeddings(pipe.transformer, pipe.scheduler.timesteps, projected=True))
-        half = len(clips) // 2
-        artifact = calibrate(pipe, clips[:half], clips[half:], setting, "tiny", moved, effort, log, bar)
+        test = make(unseen[:num_test], 1000)
+        if part.policy == "calibrated":
+            artifact = chosen(part, setting, effort)
+        else:
+            clips = make(seen, 0)
+            pipe.scheduler.set_timesteps(steps)
+            moved = changes(time_embeddings(pipe.transformer, pipe.scheduler.timesteps, projected=True))
+            artifact = calibrate(pipe, clips[:half], clips[half:], setting, "tiny", moved, effort, log, bar)
         rows = contest(pipe, artifact, test, effort, log, bar)
     return report.record(
         "cache",
@@ -94,13 +102,25 @@ def bench(
         tokens=FACTS["tiny"].tokens(*size),
         dtype=dtype,
         setting=asdict(setting),
+        calibrated="in this run" if part.policy != "calibrated" else part.file,
         calibration_prompts=half,
-        held_out_prompts=len(clips) - half,
+        held_out_prompts=len(seen) - half,
         test_prompts=len(test),
         effort=asdict(effort),
         rows=rows,
         artifact=artifact.to_json(),
     )
+
+
+def chosen(part, setting: Setting, effort: Effort) -> Artifact:
+    """The calibration that a plan's cache goes by, with the rungs of the contest's budgets. DaxError if none fits."""
+    found = find(part.file, setting.checkpoint, setting.kernels)
+    if found is None:
+        raise DaxError("bad_request", f"bench cache: no calibration ships for this checkpoint; {CALIBRATE}")
+    rungs = tuple(dict.fromkeys(found.rung(share, 0.0) for share in effort.budgets))
+    for rung in rungs:
+        rung.plan.check(setting)
+    return replace(found, rungs=rungs)
 
 
 def contest(pipe, artifact: Artifact, test: Clips, effort: Effort, log: Callable, bar: bool = False) -> list[dict]:

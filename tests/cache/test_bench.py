@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from dax.bench import cache, step, video
-from dax.cache.artifact import Artifact
+from dax.cache.artifact import SHIPPED, Artifact, load
 from dax.cache.magcache import Ratios
 from dax.cache.record import latent_psnr, make_clips, run
 from dax.cache.step_plan import Setting, flow_sigmas
 from dax.cache.teacache import Polynomial
 from dax.errors import DaxError
 from dax.facts import FACTS
+from dax.plan import Plan
 
 STEPS = 20
 
@@ -40,6 +41,18 @@ def test_every_setting_of_a_rival_computes_just_the_steps_it_is_compared_at(arti
         masks = settings(artifact, count)
         assert len(set(masks.values())) > 3
         assert all(len(mask) == STEPS and mask.count("1") == count for mask in masks.values())
+
+
+def test_what_ships_is_judged_as_it_is():
+    part = Plan.load("fast").cache
+    shipped = load(SHIPPED / "tiny.exact.json")
+    judged = cache.chosen(part, shipped.setting, cache.EFFORT)
+    assert [rung.plan.computed["cond"] for rung in judged.rungs] == [25, 20, 16]
+    assert set(judged.rungs) < set(shipped.rungs) and judged.teacache == shipped.teacache
+    with pytest.raises(DaxError, match="its flow_shift"):
+        cache.chosen(part, replace(shipped.setting, flow_shift=5.0), cache.EFFORT)
+    with pytest.raises(DaxError, match="no calibration ships for this checkpoint"):
+        cache.chosen(part, replace(shipped.setting, checkpoint="0" * 64), cache.EFFORT)
 
 
 def test_no_threshold_is_none():
