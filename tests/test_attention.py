@@ -14,6 +14,7 @@ from dax.attention.self_check import Verdict
 from dax.errors import DaxError
 from dax.facts import FACTS
 from dax.hardware import MACHINES, Machine, machine
+from dax.kernels.rooms import fill
 from dax.models import wan, wan_guard
 from dax.optimize import resolve
 from dax.plan import Plan
@@ -223,6 +224,26 @@ def test_the_self_check_notices(wrong, found, monkeypatch):
     monkeypatch.setattr(self_check, "compiled_ahead", nullcontext)
     told = self_check.difference("bf16", dense.backend("bf16"), "cpu")
     assert told is None if found is None else found in told
+
+
+def test_16_bits_go_to_several_places_on_hopper_alone(monkeypatch):
+    """The scale and rooms of the operands' size and dtype arrive as they must; other kernels never write there."""
+    assert dense.backend("bf16").attend_into is None
+    monkeypatch.setattr(dense, "on_hopper", lambda: True)
+    assert dense.backend("cudnn").attend_into is dense.backend("flash").attend_into is None
+
+    def into(q, k, v, scale, rooms):
+        fill(rooms, dense.RUN["bf16"](q, k, v, scale), 1)
+        return rooms[0]
+
+    def rooms(B, D, dtype):
+        found.extend(torch.empty(B, size, 3, D, dtype=dtype) for size in (40, 23))
+        return found
+
+    monkeypatch.setattr(dense, "attention_bf16_into", into)
+    kernel, found, given = dense.backend("bf16"), [], operands(2, dtype=torch.float16)
+    kernel.attend_into(given, 63, rooms, 0.3)
+    assert torch.equal(torch.cat(found, 1), kernel.attend(given, 63, 0.3))
 
 
 def test_flash_is_3_on_hopper_and_2_elsewhere():

@@ -79,8 +79,9 @@ class Backend:
              stats is a function that waits for both
     prepare  (q, k, v, heads, turn, stats, scale) -> operands, a tuple of tensors; it also takes q and k through `turn`
     attend   (operands, num_keys, scale) -> o [B, S, h, D]; scale is 1 / sqrt(D) when None, and the same for both
-    attend_into  (operands, num_keys, rooms) -> any of rooms(B, D, dtype), a list of [B, s, h, D], 16-byte aligned: the
-             same written there, the tokens one room after the other; rooms may be memory of other GPUs. None: it can't
+    attend_into  (operands, num_keys, rooms, scale) -> any of rooms(B, D, dtype), a list of [B, s, h, D], 16-byte
+             aligned: the same written there, the tokens one room after the other; rooms may be memory of other GPUs.
+             None: it can't
     forms    (B, s, heads, D) -> (shape, dtype) of every operand of s tokens
     written  of the operands, those that prepare writes where its argument `rooms` says, {operand: [B, h, ...] each,
              some heads after the other}, and then returns on the meta device: shape and dtype alone

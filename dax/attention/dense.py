@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dax.attention.backend import Backend, package
 from dax.hardware import machine
-from dax.kernels.attention_bf16 import ATTENTION_BF16
+from dax.kernels.attention_bf16 import ATTENTION_BF16, attention_bf16_into
+from dax.kernels.hopper import on_hopper
 from dax.kernels.qk_norm_rope import QK_NORM_ROPE
 
 TORCHS_OWN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -84,7 +85,14 @@ def backend(kernel: str) -> Backend:
         prepare=prepare,
         attend=lambda operands, num_keys, scale=None: run(*operands, scale),
         layout=((2, 1, 1),) * 3,
+        attend_into=attend_into if kernel == "bf16" and on_hopper() else None,
     )
+
+
+def attend_into(operands, num_keys, rooms, scale=None):
+    """The kernel `bf16`, into several places; q, k and v come to it as copies."""
+    B, _, _, D = operands[0].shape
+    return attention_bf16_into(*operands, scale, rooms(B, D, operands[0].dtype))
 
 
 def prepare(q, k, v, heads, turn, stats=None, scale=None):

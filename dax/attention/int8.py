@@ -10,7 +10,7 @@ import torch
 
 from dax.attention.backend import Backend
 from dax.kernels.attention_int8 import ATTENTION_INT8, attention_int8_into
-from dax.kernels.hopper import compute_capability, hopper
+from dax.kernels.hopper import compute_capability, on_hopper
 from dax.kernels.k_quantize import K_QUANTIZE, TILE, k_quantize_into, num_tiles
 from dax.kernels.q_quantize import Q_QUANTIZE, q_quantize_into
 from dax.kernels.token_stats import KEY_MEANS, TOKEN_AMAX
@@ -35,11 +35,10 @@ def build(name: str, portable: bool) -> Backend:
     def attend(operands, num_keys, scale=None):
         return ATTENTION_INT8(*operands, num_keys, portable)
 
-    def attend_into(operands, num_keys, rooms):
+    def attend_into(operands, num_keys, rooms, scale=None):
         B, _, _, D = operands[0].shape
         return attention_int8_into(*operands, num_keys, rooms(B, D, torch.bfloat16))
 
-    on_hopper = torch.cuda.is_available() and hopper(compute_capability(None)) and not portable
     return Backend(
         name,
         stats,
@@ -48,7 +47,7 @@ def build(name: str, portable: bool) -> Backend:
         layout=LAYOUT,
         num_query_operands=2,
         token_align=TILE,
-        attend_into=attend_into if on_hopper else None,
+        attend_into=attend_into if on_hopper() and not portable else None,
         forms=partial(forms, dtype=value_dtype()),
         written=CODES,
     )

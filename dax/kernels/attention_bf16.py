@@ -9,6 +9,7 @@ from dax.errors import DaxError
 from dax.kernels import attention_bf16_hopper
 from dax.kernels.hopper import compute_capability, hopper
 from dax.kernels.op import Cost, define
+from dax.kernels.rooms import token_addresses
 
 ROWS_ON_CPU = 1024  # queries whose scores the reference holds at a time
 HEAD_DIMS = (64, 128)
@@ -40,12 +41,29 @@ def attention_bf16_reference(
 
 
 def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    return attention_bf16_hopper.launch(*ready(q, k, v, scale))
+
+
+def attention_bf16_into(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, rooms: list[torch.Tensor]
+) -> torch.Tensor:
+    """attention_bf16 by the kernel, its tokens written to one of `rooms` after the other; returns the first.
+
+    rooms   [B, s, H, D] each in q's dtype, a head's channels and its heads side by side, of memory that this GPU can
+            reach: see attention_int8_into
+    """
+    operands = ready(q, k, v, scale)
+    return attention_bf16_hopper.launch(*operands, rooms[0], token_addresses(rooms, *q.shape[:2]))
+
+
+def ready(q, k, v, scale) -> tuple:
+    """q, k, v as the kernel can read them, and the scale. DaxError where it does not run on them."""
     scale = check(q, k, v, scale)
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise DaxError("bad_request", f"attention_bf16: q, k, v are {q.dtype}; it takes bfloat16 or float16")
     if not hopper(compute_capability(q.device)):
         raise DaxError("unsupported", "attention_bf16: runs on compute capability 9.0, with a Triton that has Gluon")
-    return attention_bf16_hopper.launch(*map(attention_bf16_hopper.readable, (q, k, v)), scale)
+    return *map(attention_bf16_hopper.readable, (q, k, v)), scale
 
 
 def check(q, k, v, scale) -> float:

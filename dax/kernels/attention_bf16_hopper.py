@@ -45,7 +45,7 @@ def row_sums(p):
 
 
 @gluon.jit
-def attend_rows(tiles, bars, sizes, Out, scale, TURN: gl.constexpr):
+def attend_rows(tiles, bars, sizes, Out, Rows, scale, TURN: gl.constexpr):
     """One warpgroup: rows [first + TURN * ROWS, first + TURN * ROWS + ROWS) of a head against n tiles of keys."""
     q_tiles, k_tiles, v_tiles = tiles
     q_full, k_full, v_full, k_emptied, v_emptied, tokens = bars
@@ -93,8 +93,12 @@ def attend_rows(tiles, bars, sizes, Out, scale, TURN: gl.constexpr):
     o = o * (1.0 / gl.convert_layout(gl.sum(total, 1), o_rows))[:, None]
     row = first + TURN * ROWS + gl.arange(0, ROWS, o_rows)
     channel = gl.arange(0, D, gl.SliceLayout(0, o_layout))
-    out = Out + ((index // H * S + row) * H + index % H)[:, None] * D + channel[None, :]
-    gl.store(out, o.to(q.dtype), mask=(row < S)[:, None])
+    token = index // H * S + row
+    if Rows is None:
+        at = (token * H + index % H) * D
+    else:
+        at = gl.load(Rows + token, mask=row < S, other=0) * 8 + index % H * D
+    gl.store(Out + at[:, None] + channel[None, :], o.to(q.dtype), mask=(row < S)[:, None])
 
 
 @gluon.jit
@@ -121,7 +125,7 @@ def fetch(Q, K, V, tiles, bars, sizes):
 
 
 @gluon.jit(do_not_specialize=["S", "H", "num_keys"])
-def attention_kernel(Q, K, V, Out, S, H, num_keys, scale, D: gl.constexpr):
+def attention_kernel(Q, K, V, Out, Rows, S, H, num_keys, scale, D: gl.constexpr):
     sizes = (gl.program_id(0) * WARPGROUPS * ROWS, S, H, num_keys, gl.cdiv(num_keys, TILE))
     tiles = (
         gl.allocate_shared_memory(Q.dtype, [WARPGROUPS, 1, ROWS, 1, D], Q.layout),
@@ -134,9 +138,9 @@ def attention_kernel(Q, K, V, Out, S, H, num_keys, scale, D: gl.constexpr):
     bars = (q_full, k_full, v_full, k_emptied, v_emptied, tokens)
     gl.warp_specialize(
         [
-            (attend_rows, (tiles, bars, sizes, Out, scale, 0)),
-            (attend_rows, (tiles, bars, sizes, Out, scale, 1)),
-            (attend_rows, (tiles, bars, sizes, Out, scale, 2)),
+            (attend_rows, (tiles, bars, sizes, Out, Rows, scale, 0)),
+            (attend_rows, (tiles, bars, sizes, Out, Rows, scale, 1)),
+            (attend_rows, (tiles, bars, sizes, Out, Rows, scale, 2)),
             (fetch, (Q, K, V, tiles, bars, sizes)),
         ],
         [4, 4, 1],
@@ -144,8 +148,11 @@ def attention_kernel(Q, K, V, Out, S, H, num_keys, scale, D: gl.constexpr):
     )
 
 
-def launch(q, k, v, scale: float) -> torch.Tensor:
-    """See attention_bf16. q, k, v as `readable` gives them."""
+def launch(q, k, v, scale: float, out=None, rows=None) -> torch.Tensor:
+    """See attention_bf16. q, k, v as `readable` gives them.
+
+    rows [B, S] int64: where each token goes, in units of 16 bytes after out's first.
+    """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     def tiles(x, rows: int):
@@ -155,12 +162,12 @@ def launch(q, k, v, scale: float) -> torch.Tensor:
         return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], box, layout)
 
     B, S, H, D = q.shape
-    out = torch.empty(B, S, H, D, device=q.device, dtype=q.dtype)
+    out = torch.empty(B, S, H, D, device=q.device, dtype=q.dtype) if out is None else out
     with torch.cuda.device_of(q):
         start(
             attention_kernel, (triton.cdiv(S, WARPGROUPS.value * ROWS.value), B * H),
-            tiles(q, ROWS.value), tiles(k, TILE.value), tiles(v, TILE.value), out, S, H, k.shape[1], scale * LOG2_E,
-            D=D, num_warps=4,
+            tiles(q, ROWS.value), tiles(k, TILE.value), tiles(v, TILE.value), out, rows, S, H, k.shape[1],
+            scale * LOG2_E, D=D, num_warps=4,
         )  # fmt: skip
     return out
 

@@ -12,7 +12,7 @@ from dax.kernels.hopper import compute_capability, hopper
 from dax.kernels.k_quantize import k_quantize_reference
 from dax.kernels.op import Cost, define
 from dax.kernels.q_quantize import q_quantize_reference
-from dax.kernels.rooms import addresses
+from dax.kernels.rooms import token_addresses
 from dax.kernels.v_quantize import ORDER, v_quantize_reference
 
 ROWS_ON_CPU = 1024  # queries whose scores the reference holds at a time
@@ -88,11 +88,8 @@ def attention_int8_into(q, q_scale, k, k_scale, v, v_scale, num_keys: int, rooms
     """
     check(q, q_scale, k, k_scale, v, v_scale, num_keys)
     operands = [x.contiguous() for x in (q, q_scale, k, k_scale, v, v_scale)]
-    rows = addresses(rooms, 1)
-    if rows.shape != (q.shape[0], q.shape[2]):
-        raise DaxError("bad_request", f"attention_int8_into: rooms for {list(rows.shape)} tokens, q {list(q.shape)}")
-    attention_int8_hopper.launch(*operands, num_keys, rooms[0], rows)
-    return rooms[0]
+    rows = token_addresses(rooms, q.shape[0], q.shape[2])
+    return attention_int8_hopper.launch(*operands, num_keys, rooms[0], rows)
 
 
 def check(q, q_scale, k, k_scale, v, v_scale, num_keys) -> None:

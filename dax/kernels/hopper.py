@@ -16,6 +16,11 @@ def hopper(sm: int) -> bool:
     return sm == 90 and gl is not Absent
 
 
+def on_hopper() -> bool:
+    """Whether they run on the current GPU, if there is one."""
+    return torch.cuda.is_available() and hopper(compute_capability(None))
+
+
 @gluon.jit
 def barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
     """NUM barriers in shared memory, [NUM, 1], each of which waits for COUNT arrivals."""

@@ -4,6 +4,8 @@ from functools import lru_cache
 
 import torch
 
+from dax.errors import DaxError
+
 UNIT = 16  # bytes: where a row or a head may begin
 
 
@@ -17,6 +19,14 @@ def addresses(rooms: list[torch.Tensor], dim: int) -> torch.Tensor:
         for x in rooms
     )
     return table(places, rooms[0].device)
+
+
+def token_addresses(rooms: list[torch.Tensor], B: int, S: int) -> torch.Tensor:
+    """addresses of the tokens of rooms [B, s, h, D]. DaxError("bad_request") unless they have room for B x S."""
+    rows = addresses(rooms, 1)
+    if rows.shape != (B, S):
+        raise DaxError("bad_request", f"rooms for {list(rows.shape)} tokens; the attention has {[B, S]}")
+    return rows
 
 
 @lru_cache(maxsize=64)  # asked on every layer; a window's rooms stay where they are

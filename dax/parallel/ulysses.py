@@ -64,7 +64,7 @@ def shared(backend, sequence, chunks: int = 0, travel=None):
             return backend.attend(operands, exchange.layout.tokens, scale)
 
         def into(operands, rooms):
-            return backend.attend_into(operands, exchange.layout.tokens, rooms)
+            return backend.attend_into(operands, exchange.layout.tokens, rooms, scale)
 
         straight = backend.attend_into and travel is backend and exchange.carrier is sequence.window
         return exchange.attend(run, into if straight else None)

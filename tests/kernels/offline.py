@@ -71,11 +71,13 @@ def compile_all() -> None:
 
 def into_rooms(name, op, given) -> None:
     """The same kernel as it writes to several places, if it can."""
-    from dax.kernels import attention_int8, k_quantize, q_quantize, v_quantize
+    from dax.kernels import attention_bf16, attention_int8, k_quantize, q_quantize, v_quantize
     from dax.kernels.rooms import addresses
 
     if name == "attention_int8" and not given[-1]:
         attention_int8.attention_int8_into(*given[:-1], [op.reference(*given)])
+    if name == "attention_bf16":
+        attention_bf16.attention_bf16_into(*given, [op.reference(*given)])
     start = {
         "q_quantize": q_quantize.start_q_quantize,
         "k_quantize": k_quantize.start_k_quantize,

@@ -23,6 +23,7 @@ NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 SPILLS = {  # bytes that ptxas is known to spill, by the Triton that wrote the code
     "scaled_linear": 32, "attention_int8": {"3.8": 64, "3.9": 600}, "attention_bf16": {"3.8": 444, "3.9": 368},
 }  # fmt: skip
+INTO = {"attention_int8": attention.attention_int8_into, "attention_bf16": attention_bf16.attention_bf16_into}
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +62,32 @@ def test_on_a_gpu(name, case):
 
 
 @pytest.mark.gpu
-def test_attention_into_rooms_gives_the_same_bits():
+@pytest.mark.parametrize("name", INTO)
+def test_attention_into_rooms_gives_the_same_bits(name):
     """Tokens go to one room after the other, each of other strides; nothing beside them is touched."""
     if not hopper(compute_capability(None)):
         pytest.skip("needs compute capability 9.0")
-    given = arguments(OPS["attention_int8"], "63 in two batches", "cuda")[:-1]
-    wanted, whole = (
-        OPS["attention_int8"](*given),
-        torch.full((3, 2, 50, 5, 64), 7.0, device="cuda", dtype=torch.bfloat16),
-    )
+    given = arguments(OPS[name], "63 in two batches", "cuda")[:-1]  # without portable, or the scale
+    given = (*given, 0.3) if name == "attention_bf16" else given
+    wanted = OPS[name](*given)
+    whole = torch.full((3, 2, 50, 5, 64), 7.0, device="cuda", dtype=torch.bfloat16)
     rooms = [whole[0, :, :40, 2:4], whole[1, :, 3:3, :2], whole[2, :, 5:28, 3:]]
-    attention.attention_int8_into(*given, rooms)
+    INTO[name](*given, rooms)
     assert torch.equal(torch.cat(rooms, 1), wanted)
     for room in rooms:
         room.fill_(7.0)
     assert (whole == 7).all()
-    with pytest.raises(DaxError, match="rooms for"):
-        attention.attention_int8_into(*given, rooms[:1])
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("name", INTO)
+@pytest.mark.parametrize("short", [(1, 69), (2, 70)])
+def test_rooms_for_other_tokens_are_refused(name, short, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    given = operands().values() if name == "attention_int8" else (*sixteen_bits(), None)
+    with pytest.raises(DaxError, match=r"rooms for \[\d, \d+\] tokens; the attention has \[1, 70\]") as caught:
+        INTO[name](*given, [torch.empty(*short, 2, 64, dtype=torch.bfloat16)])
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.gpu

@@ -20,11 +20,12 @@ from tests.parallel import slow_link
 from tests.parallel.slow_link import DelayedWire
 
 
-def attend_with(backend, q, k, v):
+def attend_with(backend, q, k, v, scale=None):
     """Attention of a backend on q, k, v [B, s, H, D]."""
     heads, num_keys, turn = q.shape[2], k.shape[1], Turn()
     q, k, v = (x.flatten(2) for x in (q, k, v))
-    return backend.attend(backend.prepare(q, k, v, heads, turn, backend.stats(k, v, heads, turn)), num_keys, None)
+    operands = backend.prepare(q, k, v, heads, turn, backend.stats(k, v, heads, turn), scale)
+    return backend.attend(operands, num_keys, scale)
 
 
 def qkv(B, S, H, D=16, dtype=torch.float32):
@@ -87,14 +88,14 @@ def admission(latency_s, exchange_s, attend_s, window=False):
 def in_a_row(kernel, layouts, chunks, late_rank=None, without=None, device="cpu"):
     """Whether attentions through one window are, bit for bit, what they are by messages.
 
-    kernel      "sdpa" or "int8"; with ", straight" it writes each token's output to its rank itself
+    kernel      with ", straight" it writes each token's output to its rank itself, on CPUs what stands for it does
     layouts     (B, S, H, ulysses, rows) of each: other sizes, other data, one memory
     late_rank   sleeps before it writes, before it attends and before it looks at the output
     without     the kind of barrier that is left out, once memory is there: 0 of operands, 1 of outputs; on CPUs
     """
     kernel, _, straight = kernel.partition(", ")
     backend, wire = backend_of(kernel), Wire(dist.group.WORLD)
-    window, barrier, barriers = Window(wire, device), shared_memory.OnHost.barrier, []
+    window, barrier, barriers, scale = Window(wire, device), shared_memory.OnHost.barrier, [], 0.2
 
     def late():
         if wire.rank == late_rank:
@@ -104,11 +105,11 @@ def in_a_row(kernel, layouts, chunks, late_rank=None, without=None, device="cpu"
         late()
         return backend.attend(*args)
 
-    def attend_into(operands, num_keys, rooms):
+    def attend_into(operands, num_keys, rooms, scale):
         late()
-        if backend.attend_into:
-            return backend.attend_into(operands, num_keys, rooms)
-        o = backend.attend(operands, num_keys)
+        if device == "cuda":
+            return backend.attend_into(operands, num_keys, rooms, scale)
+        o = backend.attend(operands, num_keys, scale)
         into = rooms(o.shape[0], o.shape[3], o.dtype)
         fill(into, o, 1)
         return into[0]
@@ -125,14 +126,14 @@ def in_a_row(kernel, layouts, chunks, late_rank=None, without=None, device="cpu"
         sequence = sequence_of(wire, S, H, ulysses, rows, backend.token_align)
         whole = (x.to(device) + number for x in qkv(B, S, H, 64, torch.bfloat16))
         shares.append((sequence, [sequence.shard(x, 1) for x in whole]))
-        wanted.append(attend_with(shared(backend, sequence, chunks), *shares[-1][1]))
+        wanted.append(attend_with(shared(backend, sequence, chunks), *shares[-1][1], scale))
         sequence.window = window
     for sequence, share in shares[:1] * (without is not None):
-        attend_with(shared(backend, sequence, chunks), *share)
+        attend_with(shared(backend, sequence, chunks), *share, scale)
     with mock.patch.object(shared_memory.OnHost, "barrier", counted if without is not None else barrier):
         for (sequence, share), other in zip(shares, wanted):
             late()
-            found = attend_with(shared(late_one, sequence, chunks), *share)
+            found = attend_with(shared(late_one, sequence, chunks), *share, scale)
             late()
             same.append((found == other).all())  # looked at in the end: until then nobody waits
     held = {name: memory.size for name, memory in window.held.items()}

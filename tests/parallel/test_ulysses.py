@@ -79,7 +79,7 @@ IN_A_ROW = [  # ranks, (B, S, H, ulysses, rows) of one attention after the other
 
 
 @pytest.mark.parametrize("chunks", (0, 3))
-@pytest.mark.parametrize("kernel", ("sdpa", "int8", "sdpa, straight"))
+@pytest.mark.parametrize("kernel", ("sdpa", "int8", "bf16, straight"))
 @pytest.mark.parametrize("case", IN_A_ROW, ids=lambda case: f"{case[0]} ranks")
 def test_one_memory_serves_one_attention_after_the_other(ranks, case, kernel, chunks):
     """Of other sizes and other data, bit for bit as by messages, whichever rank is late."""
