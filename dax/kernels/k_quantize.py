@@ -18,8 +18,8 @@ from dax.kernels.rooms import addresses, fill
 from dax.kernels.start import start
 
 TILE = 128  # keys that share a scale, and what attention takes at a time
-NUM_WARPS = 8
-MOST_HEADS = 4  # that a program takes, one after the other: what norms and turns their tokens then stays near it
+# warps of a program, and heads it takes at most, one after the other: what norms and turns their tokens stays near it
+TURNING, FINISHED = (8, 4), (4, 2)
 
 
 def k_quantize_reference(
@@ -146,7 +146,7 @@ def k_quantize_into(k, heads: int, mean, weight, cos, sin, eps: float, rooms: li
 
 def start_k_quantize(k, heads, mean, weight, cos, sin, eps, out, places=None) -> torch.Tensor:
     B, S, C = k.shape
-    D, T, group = C // heads, num_tiles(S), min(heads & -heads, MOST_HEADS)
+    D, T = C // heads, num_tiles(S)
     k, mean, cos, sin = words_of(k), words_of(mean.contiguous()), table_of(cos), table_of(sin)
     turns, norm = None, weight is not None
     steps = torch.empty(B, heads, T, device=k.device, dtype=torch.float32)
@@ -157,10 +157,12 @@ def start_k_quantize(k, heads, mean, weight, cos, sin, eps, out, places=None) ->
                 k_turns_kernel, (S, B), k, cos, sin, turns, S, k.stride(0), k.stride(1), eps,
                 D=D, NORM=norm, enable_fp_fusion=True, **row_meta(C),
             )  # fmt: skip
+        warps, most = FINISHED if turns is None else TURNING
+        group = min(heads & -heads, most)
         start(
             k_quantize_kernel, (heads // group, T, B), k, turns, words_of(weight) if norm else None, mean,
             out, places, steps, S, k.stride(0), k.stride(1),
-            D=D, TILE=TILE, HEADS=group, num_warps=NUM_WARPS, enable_fp_fusion=True,
+            D=D, TILE=TILE, HEADS=group, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return steps
 
