@@ -81,15 +81,19 @@ class Study:
         db = fidelity(self.pipe, plan, self.held_out, self.reference, self.effort.batch)
         return Rung(plan, predictor, float(db.mean()), float(np.percentile(db, 10)))
 
-    def rung(self, count: int, masks: dict[str, str], log: Callable) -> Rung:
+    def rung(self, count: int, masks: dict[str, str], log: Callable, bar: bool) -> Rung:
         """The best plan of `count` computed steps, from each predictor's mask of least predicted error."""
-        start = {predictor: self.seen(mask, predictor) for predictor, mask in masks.items()}
-        by_score = sorted(start, key=start.get, reverse=True)
-        best = by_score[0]
-        generator = random.Random(self.effort.seed + count)
-        score, mask = climb(start[best], masks[best], lambda m: self.seen(m, best), self.effort.climb, generator)
+        batch, runs = self.effort.batch, len(masks) + self.effort.climb
+        with told(self.pipe, f"{count} steps, search", self.clips, batch, log, bar, runs):
+            start = {predictor: self.seen(mask, predictor) for predictor, mask in masks.items()}
+            by_score = sorted(start, key=start.get, reverse=True)
+            best = by_score[0]
+            generator = random.Random(self.effort.seed + count)
+            score, mask = climb(start[best], masks[best], lambda m: self.seen(m, best), self.effort.climb, generator)
         candidates = dict.fromkeys([(best, mask), *((predictor, masks[predictor]) for predictor in by_score)])
-        finalists = [self.unseen(mask, predictor) for predictor, mask in list(candidates)[:FINALISTS]]
+        judged = list(candidates)[:FINALISTS]
+        with told(self.pipe, f"{count} steps, held-out prompts", self.held_out, batch, log, bar, len(judged)):
+            finalists = [self.unseen(mask, predictor) for predictor, mask in judged]
         rung = max(finalists, key=lambda rung: rung.psnr_db)
         log(
             f"{count} steps: {', '.join(f'{p} {db:.1f} dB' for p, db in start.items())}, climbed {score:.1f}; "
@@ -114,7 +118,7 @@ def calibrate(
     clips     to record and to climb on; `held_out` only judges and chooses
     setting   what to tie the plans to
     moved     relative change of the projected time embedding between steps, see teacache.changes
-    bar       exact runs are shown as bars on stderr; else each is a line of `log`
+    bar       runs are shown as bars on stderr; else each is a line of `log`
     DaxError("bad_request") for budgets that leave nothing to choose.
     """
     budgets = effort.computed(clips.steps)
@@ -132,7 +136,7 @@ def calibrate(
     said = notes(trajectory)
     tried = {name: how for name, how in PREDICTORS.items() if not said or how.kind != "linear"}
     masks = {name: best_masks(trajectory.noisy(how.noise), how.kind) for name, how in tried.items()}
-    rungs = [study.rung(n, {predictor: found[n] for predictor, found in masks.items()}, log) for n in budgets]
+    rungs = [study.rung(n, {predictor: found[n] for predictor, found in masks.items()}, log, bar) for n in budgets]
     ratios = {branch: tuple(found.tolist()) for branch, found in recording.ratios.items()}
     return Artifact(
         model=model,

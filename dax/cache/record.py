@@ -88,7 +88,7 @@ def run(pipe, clips: Clips, batch: int) -> torch.Tensor:
 def told(pipe, what: str, clips: Clips, batch: int, log: Callable, bar: bool, times: int = 1) -> Iterator[None]:
     """Meanwhile runs of the clips are seen: as one bar of steps on stderr, or as a line of `log` after each.
 
-    times   how often all clips are run
+    times   how often all clips are run, at the most: a bar that ends sooner ends full
     """
     from tqdm import tqdm
 
@@ -107,6 +107,7 @@ def told(pipe, what: str, clips: Clips, batch: int, log: Callable, bar: bool, ti
         with tqdm(total=runs * clips.steps, desc=what, unit="step", disable=not bar, file=sys.stderr) as shown:
             edits.set_attribute(pipe, "progress_bar", lambda iterable=None, total=None: loop(total))
             yield
+            shown.total = shown.n
     finally:
         edits.undo()
 

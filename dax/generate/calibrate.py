@@ -43,7 +43,7 @@ class Job:
 def run(job: Job, log=lambda text: None, bar: bool = False) -> Artifact:
     """Calibrate and write the artifact. Every bad argument is refused before weights load.
 
-    bar   exact runs are shown as bars on stderr; else each is a line of `log`
+    bar   runs are shown as bars on stderr; else each is a line of `log`
     """
     checked = check_model(job.model)
     if job.num_prompts is not None:

@@ -13,7 +13,7 @@ import typer
 import dax
 from dax.cache import record
 from dax.cache.artifact import find, load
-from dax.cache.calibrate import Effort, amplification, noise_floor, notes
+from dax.cache.calibrate import Effort, Study, amplification, noise_floor, notes
 from dax.cache.checkpoint import folder_digest
 from dax.cache.optimal import Trajectory
 from dax.cache.policy import Maker, resolve_cache
@@ -346,6 +346,26 @@ def test_exact_runs_are_seen_while_they_last(pipe, capsys, bar):
     else:
         runs = [f"{what}: run {n} of 2" for what in ("recording", "how errors grow") for n in (1, 2)]
         assert heard == "" and [line.rsplit(",", 1)[0] for line in lines[:4]] == runs
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_the_search_is_seen_while_it_lasts(pipe, capsys, bar):
+    """Also where it tries fewer masks than it may: only one is near this one."""
+    clips, lines = record.make_clips(pipe, list(PROMPTS), (32, 32, 5), 3, 4.0, 0), []
+    with torch.no_grad():
+        found = record.record(pipe, clips, 1)
+        trajectory, effort = Trajectory(found.sigmas, found.gram, np.ones(3)), Effort(climb=4)
+        study = Study(pipe, clips, found, clips, found.latents, trajectory, Setting(), effort)
+        rung = study.rung(2, {"reuse": "110"}, lines.append, bar)
+    assert rung.plan.mask().count("1") == 2 and lines[-1].startswith("2 steps: reuse")
+    heard = capsys.readouterr().err
+    if bar:
+        assert "2 steps, search: 100%" in heard and "12/12" in heard and len(lines) == 1
+        assert "2 steps, held-out prompts: 100%" in heard
+    else:
+        assert heard == "" and [line.split(",")[1].split(":")[0] for line in lines[:5]] == [" search"] * 4 + [
+            " held-out prompts"
+        ]
 
 
 @pytest.mark.parametrize(
