@@ -1,5 +1,6 @@
 """The report of a comparison as one picture for a README: a row per plan, a few frames each, and its figures."""
 
+import json
 import unicodedata
 
 from dax.bench.compare_page import decibels
@@ -7,7 +8,7 @@ from dax.bench.compare_record import Comparison, Variant
 
 FRAMES, ROOM, GAP, TITLE = 6, 210, 6, 46
 CELL = 128  # pixels of a frame's height at least; smaller clips are enlarged by whole factors
-UNSEEN = ("Mn", "Cf")  # Unicode's categories of accents, and of marks without a shape
+ACCENT = "Mn"  # Unicode's category
 INK, SOFT, GROUND = (22, 24, 29), (92, 99, 112), (255, 255, 255)
 
 
@@ -59,18 +60,19 @@ def title(comparison: Comparison, prompt: int, font) -> str:
 
 
 def drawable(words: str, font) -> str:
-    """The words in letters that the font has: without accents it lacks, any other it lacks as a question mark.
+    """The words in letters that the font has: without accents it lacks, any other it lacks as JSON would escape it.
 
     Pillow's font, the only one that is surely here, has little beyond ASCII and draws a box for the rest.
     """
     box = glyph("\U0010ffff", font)  # never a character
     found = []
-    for letter in " ".join(words.split()):
+    for letter in unicodedata.normalize("NFC", " ".join(words.split())):
         if glyph(letter, font) != box:
             found.append(letter)
             continue
-        parts = [part for part in unicodedata.normalize("NFKD", letter) if unicodedata.category(part) not in UNSEEN]
-        found += [part if glyph(part, font) != box else "?" for part in parts]
+        parts = [part for part in unicodedata.normalize("NFKD", letter) if unicodedata.category(part) != ACCENT]
+        known = parts and all(glyph(part, font) != box for part in parts)
+        found += parts if known else [json.dumps(letter)[1:-1]]
     return "".join(found)
 
 
