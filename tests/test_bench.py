@@ -146,6 +146,15 @@ def test_a_planted_fault_ends_the_bench_before_any_timing(model, fault, monkeypa
     assert caught.value.exit_code == 8
 
 
+def test_rows_are_those_named_each_once():
+    known = ("ways", "link", "vae")
+    assert rivals.chosen(" link, ways,link,", known) == ["link", "ways"] and rivals.chosen(None, known) == list(known)
+    assert rivals.chosen("", known, beside=["a plan"]) == []
+    for text, told in (("lnk", "unknown row 'lnk', did you mean 'link'"), (" ,", "nothing to time; known: ways, link")):
+        with pytest.raises(DaxError, match=told):
+            rivals.chosen(text, known)
+
+
 @pytest.mark.parametrize(
     "named, wrong",
     [

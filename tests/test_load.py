@@ -85,7 +85,7 @@ def test_a_fresh_process_loads_and_says_what_came_from_disk(tmp_path):
     ("layers", "plan", "free", "says"),
     [
         (40, None, 10 * 2**30, r"writes 40.3 GiB to .*, where 10.0 are free: fewer --layers, or TMPDIR"),
-        (0, None, 2**50, "--layers 0: wan2.1-t2v-14b has 40"),
+        (0, None, 2**50, "--layers 0: wan2.1-t2v-14b has 1 to 40"),
         (41, None, 2**50, "--layers 41"),
         (4, "exact", 2**50, "plan exact quantises nothing"),
         (4, "no-such-plan", 2**50, "unknown plan"),

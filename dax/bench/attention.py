@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 
 from dax.bench import report
 from dax.bench.model import facts_of
+from dax.bench.rivals import chosen
 from dax.bench.size import checked_size, named
 from dax.bench.timing import measure
-from dax.errors import DaxError, nearest
+from dax.errors import DaxError
 
 COLUMNS = {
     "label": "kernel",
@@ -63,11 +64,11 @@ def bench(
     here, S = machine(device), tokens or about["tokens"]
     H, D, device = facts.num_heads, facts.head_dim, here.device
     q, k, v = inputs(S, H, D, device)
-    chosen, left_out = arrange(q, k, v, here, rows)
+    arranged, left_out = arrange(q, k, v, here, rows)
     flops, lines, calls = 4 * H * S * S * D, {}, {}
     with torch.no_grad():
         sampled = reference(q, k, v)
-        for row in chosen:
+        for row in arranged:
             line = {"label": row.label, "error": None, "v1_error_pct": None}
             if row.limit is not None:
                 line["error"] = error = distance(row.call(q, k, v), sampled)
@@ -79,7 +80,7 @@ def bench(
             lines[row.label], calls[row.label] = line, lambda call=row.call: call(q, k, v)
         emulated = sage_emulated(q, k, v, sampled)
         for label, timing in measure(calls, device, warm_up_s, timed_s, log).items():
-            row = next(row for row in chosen if row.label == label)
+            row = next(row for row in arranged if row.label == label)
             peak = here.peak_tflops.get(row.dtype)
             bound = row.moved / here.bandwidth_tbs / 1e9 if row.moved and here.bandwidth_tbs else None
             bound = bound if row.moved else peak and flops / peak / 1e9
@@ -122,12 +123,8 @@ def arrange(q, k, v, machine, names: str | None) -> tuple[list[Row], dict[str, s
     from dax.attention import KERNELS, attend, reason
 
     known = [*KERNELS, "triton", *PASSES]
-    asked = names.split(",") if names else known
-    for name in asked:
-        if name not in known:
-            raise DaxError("bad_request", f"--rows {name}: no such row{nearest(name, known)}")
     rows, left_out = [], {}
-    for name in asked:
+    for name in chosen(names, known):
         problem = reason("int8" if name == "triton" else name, machine) if name not in PASSES else None
         if problem or (name in (*PASSES, "triton") and machine.device != "cuda"):
             left_out[name] = problem or "needs an NVIDIA GPU"

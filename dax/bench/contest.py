@@ -10,14 +10,13 @@ from pathlib import Path
 
 from dax.bench import block, forward, report, rivals, roofline
 from dax.bench.breakdown import breakdown
-from dax.bench.model import LOGIT_STD, build, facts_of
+from dax.bench.model import FEW_BLOCKS, LOGIT_STD, blocks_of, build, facts_of
 from dax.bench.size import checked_size, named
 from dax.bench.timing import Timing, measure
 from dax.errors import DaxError
 from dax.facts import Facts
 
 SUBJECTS = {"block": block, "forward": forward}
-DEFAULT_BLOCKS = 4
 COLUMNS = {
     "label": "stack",
     "ms_per_layer": "ms/layer",
@@ -72,10 +71,7 @@ def bench(
     folder = model if model and Path(model).is_dir() else None
     pixels = checked_size(facts, size)
     about = named(facts, pixels) | {"model": folder or facts.name}
-    if num_layers is not None and not 1 <= num_layers <= facts.num_layers:
-        raise DaxError("bad_request", f"--layers {num_layers}: {facts.name} has 1 to {facts.num_layers}")
-    if num_layers is None:
-        num_layers = min(DEFAULT_BLOCKS, facts.num_layers) if subject == "block" else facts.num_layers
+    num_layers = blocks_of(facts, num_layers, FEW_BLOCKS if subject == "block" else None)
 
     import torch
 

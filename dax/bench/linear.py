@@ -9,9 +9,10 @@ from functools import partial
 
 from dax.bench import report
 from dax.bench.model import facts_of
+from dax.bench.rivals import chosen
 from dax.bench.size import checked_size, named
 from dax.bench.timing import measure
-from dax.errors import DaxError, nearest
+from dax.errors import DaxError
 from dax.facts import Facts
 from dax.quant.scheme import SCHEMES
 
@@ -63,10 +64,7 @@ def bench(
 
     from dax.hardware import machine
 
-    dtypes = [name.strip() for name in only.split(",")] if only else list(LIMITS)
-    for name in dtypes:
-        if name not in LIMITS:
-            raise DaxError("bad_request", f"--rows: linear has no {name!r}{nearest(name, LIMITS)}")
+    dtypes = chosen(only, LIMITS)
     facts, here = facts_of(model or "tiny"), machine(device)
     about = named(facts, checked_size(facts, size))
     with torch.no_grad():

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from dax.bench import report
-from dax.bench.model import build, facts_of
+from dax.bench.model import blocks_of, build, facts_of
 from dax.bench.roofline import weight_bytes
 from dax.errors import DaxError
 from dax.plan import Linear, Plan
@@ -65,9 +65,7 @@ def bench(model: str | None, num_layers: int | None, plan: str | None, device: s
         raise DaxError(
             "bad_request", f"bench load: plan {plan} quantises nothing without measured scales: --plan balanced"
         )
-    whole, layers = facts, facts.num_layers if num_layers is None else num_layers
-    if not 1 <= layers <= facts.num_layers:
-        raise DaxError("bad_request", f"--layers {layers}: {facts.name} has {facts.num_layers}")
+    whole, layers = facts, blocks_of(facts, num_layers)
     facts = facts.cut(layers)
     with tempfile.TemporaryDirectory(prefix="dax-load-") as name:
         folders = {"bf16": Path(name) / "bf16", part.scheme: Path(name) / "8bits"}

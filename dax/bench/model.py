@@ -7,6 +7,7 @@ from dax.errors import DaxError
 from dax.facts import Facts, facts_named
 from dax.facts_config import facts_from_config, flow_shift_of
 
+FEW_BLOCKS = 4  # what a figure for one layer is taken from
 LOGIT_STD = 3.0  # how peaked attention is: about ten keys of 75 600 matter to a query, as in a trained model
 
 
@@ -19,6 +20,18 @@ def facts_of(model: str) -> Facts:
     scheduler, second = folder / "scheduler" / "scheduler_config.json", folder / "transformer_2" / "config.json"
     shift = flow_shift_of(read_json(scheduler) if scheduler.is_file() else None)
     return facts_from_config(index, config, shift, read_json(second) if second.is_file() else None)
+
+
+def blocks_of(facts: Facts, layers: int | None, usual: int | None = None) -> int:
+    """How many blocks to build: as many as --layers says, else the usual number, at the most all (None).
+
+    DaxError("bad_request") for a number that the model does not have.
+    """
+    if layers is None:
+        return min(usual or facts.num_layers, facts.num_layers)
+    if not 1 <= layers <= facts.num_layers:
+        raise DaxError("bad_request", f"--layers {layers}: {facts.name} has 1 to {facts.num_layers}")
+    return layers
 
 
 def read_json(path: Path) -> dict:

@@ -8,12 +8,13 @@ The ways to share a forward are in parallel_ways.py; the link, the decoder and a
 from dataclasses import asdict
 
 from dax.bench import report
-from dax.bench.model import facts_of
+from dax.bench.model import FEW_BLOCKS, blocks_of, facts_of
 from dax.bench.parallel_parts import Job, Part, clip_alone, clip_rows, decode_rows, link_rows
 from dax.bench.parallel_ways import COLUMNS, SAME, auto_rows, one_rank, way_rows
 from dax.bench.ranks_clock import RanksClock
+from dax.bench.rivals import chosen
 from dax.bench.size import checked_size, named
-from dax.errors import DaxError, nearest
+from dax.errors import DaxError
 from dax.parallel.board import mine
 from dax.parallel.join import check_gpus, code_digest, joined, place
 from dax.parallel.launch import run_ranks
@@ -35,7 +36,7 @@ def bench(
     """Start the ranks and return the record. DaxError for what cannot be, before they start.
 
     size    height, width, num_frames; None for the model's own
-    layers  blocks to build, 4 by default
+    layers  blocks to build, FEW_BLOCKS by default
     gpus    how many, or several numbers with commas between: "2,4"
     parts   some of PARTS, with commas between; all by default
     chunks  head chunks of the ways that hide the exchange
@@ -52,21 +53,16 @@ def bench(
         raise DaxError(
             "bad_request", f"bench parallel: {facts.name} has two experts: wan2.1-t2v-14b is as large as one"
         )
-    counts, chosen = numbers(str(gpus)), list(PARTS)
-    if parts is not None:
-        chosen = [name.strip() for name in parts.split(",") if name.strip()]
-    for name in chosen:
-        if name not in PARTS:
-            raise DaxError("bad_request", f"--rows: parallel has no part {name!r}{nearest(name, PARTS)}")
+    counts, names = numbers(str(gpus)), chosen(parts, PARTS)
+    layers = blocks_of(facts, layers, FEW_BLOCKS)
     check_gpus(max(counts), device, torch.cuda.device_count())
     device = device or "cuda"
-    layers = min(layers or 4, facts.num_layers)
-    figures, failed = {name: [] for name in ("ways", *chosen)}, []
+    figures, failed = {name: [] for name in ("ways", *names)}, []
     for count in counts:
         log(f"{facts.name}: {layers} of {facts.num_layers} blocks, plan {plan}, on {count} x {device}")
         job = Job(facts, asdict(pixels), layers, plan, count, device, warm_up_s, timed_s, chunks, log)
         try:
-            found = run_ranks(measure, (job, chosen), count)
+            found = run_ranks(measure, (job, names), count)
         except DaxError as error:
             if count == counts[0] or error.code in ("interrupted", "terminated"):
                 raise
@@ -102,7 +98,7 @@ def wrong_in(figures: dict) -> list[str]:
     ]
 
 
-def measure(job: Job, chosen: list[str]) -> dict:
+def measure(job: Job, names: list[str]) -> dict:
     """What every rank does; rank 0's figures are the record's."""
     import torch
 
@@ -110,10 +106,10 @@ def measure(job: Job, chosen: list[str]) -> dict:
     if job.device == "cuda":
         torch.cuda.set_device(here.local_rank)
     with torch.no_grad():
-        before = {name: PARTS[name].alone(job) for name in chosen}
+        before = {name: PARTS[name].alone(job) for name in names}
         with joined(here, job.device, {"code": code_digest()}):
             clock, figures = RanksClock(job.device, job.warm_up_s, job.timed_s, job.log), {}
-            for name in chosen:
+            for name in names:
                 if board := mine():
                     board.enter(f"bench {name}")
                 figures[name] = PARTS[name].together(job, clock, before.pop(name))

@@ -50,22 +50,31 @@ DEFAULT_ROWS = ("eager", "compiled-cudnn", "fa3", "compiled-fa3", "sage", "compi
 NEEDS_CUDA = ("_native_cudnn", "_flash_3", "sage")
 
 
+def chosen(text: str | None, known, beside: list | tuple = ()) -> list[str]:
+    """The names of `--rows a,b`, each once and in that order; None: all that are known.
+
+    beside   what is timed as well: then no name will do
+    DaxError("bad_request") for a name that is not known, or nothing at all.
+    """
+    names = known if text is None else dict.fromkeys(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in known:
+            raise DaxError("bad_request", f"--rows: unknown row {name!r}{nearest(name, known)}")
+    if not (names or beside):
+        raise DaxError("bad_request", f"--rows: nothing to time; known: {', '.join(known)}")
+    return list(names)
+
+
 def rows_named(text: str | None, plans: list[str], as_waterfall: bool = False) -> list[Row]:
     """The rows of `--rows a,b` (None: the usual ones) and one per `--plan`, or its waterfall.
 
     DaxError("bad_request") if unknown.
     """
-    names = DEFAULT_ROWS if text is None else [name.strip() for name in text.split(",") if name.strip()]
-    rows: dict[str, Row] = {}
-    for name in names:
-        if name not in RIVALS:
-            raise DaxError("bad_request", f"--rows: unknown row {name!r}{nearest(name, RIVALS)}")
-        rows[name] = RIVALS[name]
+    names = DEFAULT_ROWS if text is None else chosen(text, RIVALS, plans)
+    rows: dict[str, Row] = {name: RIVALS[name] for name in names}
     for plan in plans:
         for row in waterfall(plan) if as_waterfall else [plan_row(plan)]:
             rows[row.name] = row
-    if not rows:
-        raise DaxError("bad_request", "--rows: nothing to time; give row names or a --plan")
     return list(rows.values())
 
 

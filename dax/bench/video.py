@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from dax.bench import report
-from dax.bench.model import build, facts_of, pipeline
+from dax.bench.model import blocks_of, build, facts_of, pipeline
 from dax.bench.size import checked_size, named
 from dax.bench.timing import Reading, Sensors, sensor, summarise
 from dax.errors import DaxError
@@ -57,7 +57,7 @@ def bench(
         raise DaxError("bad_request", f"bench video: plan {plan} has no step cache; dax bench forward times a forward")
     if steps <= UNCACHED_STEPS:
         raise DaxError("bad_request", f"--steps {steps}: at least {UNCACHED_STEPS + 1}")
-    layers = num_layers or facts.num_layers
+    layers = blocks_of(facts, num_layers)
     second = [build(facts, None, device, layers).cpu() for _ in range(facts.num_experts - 1)]  # optimize() fetches it
     pipe = pipeline([build(facts, None, device, layers), *second], facts)
     loop = Loop(pipe, facts, asdict(pixels), steps, device)

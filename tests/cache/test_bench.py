@@ -97,6 +97,8 @@ def test_the_loop_is_timed_step_by_step(tmp_path):
         video.bench("tiny", (32, 32, 5), "exact", 6, 1, "cpu")
     with pytest.raises(DaxError, match="at least 4"):
         video.bench("tiny", (32, 32, 5), str(plan), 3, 1, "cpu")
+    with pytest.raises(DaxError, match="--layers 0: tiny has 1 to 4"):
+        video.bench("tiny", (32, 32, 5), str(plan), 6, 0, "cpu")
 
 
 @pytest.mark.parametrize("offload", ["none", "experts"])

@@ -213,5 +213,6 @@ def test_more_gpus_than_there_are():
     for gpus, told in ((1, "--gpus 1: 2 or more"), ("2,x", "2,x: 2 or more"), ("2,2", "each number once")):
         with pytest.raises(DaxError, match=told):
             bench("tiny", (None,) * 3, None, "exact", gpus, 0.1, 0.1)
-    with pytest.raises(DaxError, match="no part 'vea', did you mean 'vae'"):
-        bench("tiny", (None,) * 3, None, "exact", 2, 0.1, 0.1, parts="vea")
+    for layers, parts, told in ((None, "vea", "'vea', did you mean 'vae'"), (5, None, "--layers 5: tiny has 1 to 4")):
+        with pytest.raises(DaxError, match=told):
+            bench("tiny", (None,) * 3, layers, "exact", 2, 0.1, 0.1, parts=parts)
