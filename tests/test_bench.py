@@ -343,6 +343,13 @@ def test_a_start_is_timed_cold_and_warm(monkeypatch):
         start.bench("tiny", (64, 64, 5), "balanced", "cpu", lambda text: None)
 
 
+def test_a_start_of_a_folder_whose_sizes_have_no_name(monkeypatch, random_folder):
+    child = "import json, sys; from dax.bench.model import facts_of; facts_of(sys.argv[3]); print(json.dumps({}))"
+    monkeypatch.setattr(start, "CHILD", child)
+    result = start.bench(str(random_folder), (64, 64, 5), "exact", "cpu", lambda text: None)
+    assert result["model"].startswith("wan-t2v-") and result["tokens"] == 32
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_start_without_bytecode_says_so(there, monkeypatch, tmp_path):
     monkeypatch.setattr(start, "ROWS", ())

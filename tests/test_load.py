@@ -99,6 +99,16 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_built(monkeypatch
 
 
 def test_a_child_that_fails_is_named_in_one_line(monkeypatch):
-    monkeypatch.setattr(load, "CHILD", "raise ValueError('no such thing')")
-    with pytest.raises(DaxError, match="bench load: ValueError: no such thing"):
-        load.started([])
+    for does, says in (
+        ("raise ValueError('no such thing')", "ValueError: no such thing"),
+        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL"),  # as where memory ran out
+    ):
+        monkeypatch.setattr(load, "CHILD", does)
+        with pytest.raises(DaxError, match=f"bench load: {says}") as caught:
+            load.started([])
+        assert caught.value.exit_code == 8
+
+
+def test_a_folder_of_sizes_that_have_no_name(here, random_folder):
+    result = load.bench(str(random_folder), 1, None, **QUIET)
+    assert result["model"].startswith("wan-t2v-") and [row["weights"] for row in result["rows"]] == ["bf16", "int8"]

@@ -7,17 +7,15 @@ is told unless every tensor has the bits that were written.
 """
 
 import hashlib
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 from dax.bench import report
+from dax.bench.child import answer
 from dax.bench.model import blocks_of, build, facts_of
 from dax.bench.roofline import weight_bytes
 from dax.errors import DaxError
@@ -77,7 +75,7 @@ def bench(model: str | None, num_layers: int | None, plan: str | None, device: s
             for (weights, folder), written in zip(folders.items(), digests, strict=True):
                 forget(folder)
                 for cache in ("cold", "warm"):
-                    visit = started([str(folder), facts.name, device, weights])
+                    visit = started([str(folder), model or "tiny", device, weights])
                     if visit["digest"] != written:
                         raise DaxError(
                             "check_failed", f"bench load: {weights}: what was loaded is not what was written"
@@ -97,8 +95,8 @@ def bench(model: str | None, num_layers: int | None, plan: str | None, device: s
             row[f"all_layers_{key}"] = seconds and seconds * row["all_layers_gib"] / row["gib"]
     first, second = rows
     ratios = {f"{cache}_ratio": second[f"{cache}_s"] / first[f"{cache}_s"] for cache in ("cold", "warm")}
-    named = {"model": facts.name, "num_blocks": layers, "plan": plan or "balanced"}
-    return report.record("load", device, **named, method=METHOD, **ratios, rows=rows)
+    about = {"model": facts.name, "num_blocks": layers, "plan": plan or "balanced"}
+    return report.record("load", device, **about, method=METHOD, **ratios, rows=rows)
 
 
 def write(facts, part: Linear, bf16: Path, eight: Path, device: str) -> tuple[tuple[str, str], float]:
@@ -146,10 +144,7 @@ def loaded(folder: str, model: str, device: str, weights: str) -> dict:
 
 def started(arguments: list[str]) -> dict:
     """loaded() in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise DaxError("check_failed", f"bench load: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return answer("load", CHILD, arguments)
 
 
 def dtype():

@@ -6,18 +6,15 @@ row is a script that imports diffusers as scripts do, without `dax.imports` and 
 """
 
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import astuple
 
 from dax.bench import report
+from dax.bench.child import answer
 from dax.bench.model import facts_of
-from dax.bench.size import checked_size
-from dax.errors import DaxError
+from dax.bench.size import checked_size, named
 
 PARTS = {
     "python_s": "python",  # until the first line runs
@@ -89,13 +86,10 @@ def bench(model: str | None, size, plan: str, device: str | None, log=print) -> 
         log("torch has no bytecode here: every import compiles its sources (is PYTHONDONTWRITEBYTECODE set?)")
     with tempfile.TemporaryDirectory() as cache:
         for name, imports in ROWS:
-            spent = started([imports, facts.name, plan, device, *map(str, astuple(pixels))], cache)
+            spent = started([imports, model or "tiny", plan, device, *map(str, astuple(pixels))], cache)
             rows.append({"cache": name, "imports": imports, **spent})
             log(f"{name} cache, {imports} imports: {spent['seconds']:.1f} s")
-    height, width, num_frames = astuple(pixels)
-    named = {"model": facts.name, "height": height, "width": width, "num_frames": num_frames, "plan": plan}
-    tokens = facts.tokens(height, width, num_frames)
-    return report.record("start", device, **named, tokens=tokens, bytecode=compiled, rows=rows)
+    return report.record("start", device, **named(facts, pixels), plan=plan, bytecode=compiled, rows=rows)
 
 
 def bytecode() -> bool:
@@ -105,12 +99,5 @@ def bytecode() -> bool:
 
 def started(arguments: list[str], cache: str) -> dict[str, float]:
     """Start one process: {part: seconds}, and `seconds` from before it was started to the output of its block."""
-    environment = os.environ | {"TRITON_CACHE_DIR": cache}
-    command = [sys.executable, "-c", CHILD]
-    done = subprocess.run(
-        [*command, repr(time.monotonic()), *arguments], env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise DaxError("check_failed", f"bench start: {done.stderr.strip().splitlines()[-1]}")
-    spent = json.loads(done.stdout.splitlines()[-1])
+    spent = answer("start", CHILD, [repr(time.monotonic()), *arguments], TRITON_CACHE_DIR=cache)
     return {"seconds": sum(spent.values()), **spent}

@@ -9,7 +9,6 @@ Source: Li, Aaron, Katsavounidis, Moorthy, Manohara, "Toward a practical percept
 import json
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 
+from dax.bench.child import ending
 from dax.bench.compare_cells import Cells
 from dax.bench.quality import check_same_shape
 from dax.errors import DaxError
@@ -116,7 +116,7 @@ def vmaf(tool: Tool, reference, other) -> float:
                 command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S
             )
             if ended.returncode:
-                raise ValueError(ending(ended))
+                raise ValueError(ending(ended, 0))
             scores = read_scores(Path(folder, SCORES), len(other))
     except subprocess.TimeoutExpired:
         why = f"took more than {TIMEOUT_S} s"
@@ -137,15 +137,6 @@ def read_scores(path: Path, frames: int) -> list[float]:
     if len(scores) != frames or not all(map(isfinite, scores)):
         raise ValueError(f"{sum(map(isfinite, scores))} scores for {frames} frames")
     return scores
-
-
-def ending(ended: subprocess.CompletedProcess) -> str:
-    """Why a program failed: the first line it complained in, else how it ended."""
-    if lines := [line.strip() for line in ended.stderr.splitlines() if line.strip()]:
-        return lines[0]
-    if ended.returncode < 0:
-        return f"ended by {signal.Signals(-ended.returncode).name}"
-    return f"ended with status {ended.returncode}"
 
 
 def write_y4m(path: Path, frames) -> None:
