@@ -164,7 +164,7 @@ def test_row_43_only_dead_runs_of_this_name_are_cleaned(tmp_path):
         video.part_of(tmp_path / "other.mp4", dead.pid),
         tmp_path / ".x.part.mp4",
     ]
-    for file in (gone, *kept):
+    for file in (gone, video.part_of(path, 10**20), *kept):  # no process has such a number
         file.write_text("")
     video.check_target(path, overwrite=False)
     assert sorted(tmp_path.iterdir()) == sorted(kept)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dax.errors import DaxError
+from dax.parallel.launch import process_exists
 
 SUFFIXES = (".mp4", ".npz", ".png")
 KEY = "dax"
@@ -78,18 +79,8 @@ def remove_stale(path: Path) -> None:
     pattern = re.compile(re.escape(f".{path.stem}.dax-") + r"(\d+)" + re.escape(f".part{path.suffix}") + "$")
     for other in path.parent.iterdir():
         match = pattern.match(other.name)
-        if match and not is_alive(int(match[1])):
+        if match and not process_exists(int(match[1])):
             other.unlink(missing_ok=True)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # someone else's
-        return True
-    return True
 
 
 @contextmanager

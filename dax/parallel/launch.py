@@ -179,9 +179,9 @@ def alive(entry) -> bool:
 def process_exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter: no process has such a number
         return False
-    except PermissionError:  # somebody else's
+    except OSError:  # somebody else's
         return True
     return True
 
