@@ -27,9 +27,12 @@ text { font: 12.5px system-ui, "DejaVu Sans", sans-serif; fill: var(--ink); }
 
 
 def drawn(record: dict) -> str:
-    """SVG of a record's rows; those that were not timed are left out. DaxError("check_failed") if none is left."""
+    """SVG of a record's rows, without those that were not timed, or too short for it: a layer of less than no time.
+
+    DaxError("check_failed") if none is left.
+    """
     rows = [{"gpus": record["gpus"]} | row for row in record["rows"]]  # a row of several numbers has its own
-    timed = [row for row in rows if row.get("speedup") and row["parallel"]]
+    timed = [row for row in rows if (row.get("speedup") or 0) > 0 and row["parallel"]]
     if not timed:
         raise DaxError("check_failed", "bench parallel: no way was timed, so there is nothing to draw")
     title = f"{headline(record)}, plan {record['plan']}"
@@ -50,7 +53,7 @@ def speedups(timed: list[dict], kinds: dict[str, str]) -> list[str]:
     """The upper part, with a legend. Both axes are logarithmic, so that the ideal is a straight line."""
     counts = sorted({row["gpus"] for row in timed})
     left, right, top, bottom, most = 64, WIDTH - 270, 74, UPPER - 44, log2(counts[-1])
-    low = min(0.0, *(log2(row["speedup"]) for row in timed))
+    low = min(0.0, *(log2(row[key]) for row in timed for key in ("speedup", "predicted") if row.get(key)))
 
     def px(gpus: float) -> float:
         return left + (right - left) * log2(gpus) / most

@@ -10,7 +10,7 @@ import pytest
 
 from dax.bench.parallel import bench, wrong_in
 from dax.bench.parallel_parts import clip_ways
-from dax.bench.parallel_plot import drawn
+from dax.bench.parallel_plot import UPPER, drawn
 from dax.bench.parallel_ways import ONE, Way, beside_one, line, ways
 from dax.cli.main import main
 from dax.errors import DaxError
@@ -162,13 +162,20 @@ def test_the_plot_shows_every_way_once():
             rows.append({"gpus": gpus, "label": way.label, "parallel": way.parallel, "speedup": speedup})
             rows[-1]["predicted"] = speedup + 0.03 if index else None
     about = {"bench": "parallel", "model": "m", "device": "a card & another", "plan": "balanced", "gpus": [2, 4]}
-    root = ElementTree.fromstring(drawn(about | {"rows": [*rows, {"label": "off", "parallel": {"cfg": 1}}]}))
+    off = [
+        {"label": "off", "parallel": {"cfg": 1}},
+        rows[-1] | {"label": "a layer of less than no time", "speedup": -9.0},
+    ]
+    root = ElementTree.fromstring(drawn(about | {"rows": [*rows, *off]}))
     width, height = (float(root.get(name)) for name in ("width", "height"))
     found = {kind: root.findall(f"{{*}}{kind}") for kind in ("circle", "line", "text")}
     kinds, both = 5, 3 + 4  # kinds in the legend; the fastest of each at 2 and at 4
     assert len(found["circle"]) == 20 + both + kinds + 1
     bars = [line for line in found["line"] if line.get("class").startswith("bar")]
     assert len(bars) == 18 + both + 1
+    slow = drawn(about | {"rows": [row | {"predicted": 0.5} for row in rows[1:]]})
+    upper = [line for line in ElementTree.fromstring(slow).findall("{*}line") if line.get("class").startswith("bar")]
+    assert max(float(bar.get("y1")) for bar in upper[:both]) <= UPPER - 44
     for text in found["text"]:
         assert 0 < float(text.get("x")) < width and 0 < float(text.get("y")) < height
     places = [(text.get("x"), text.get("y")) for text in found["text"]]
