@@ -15,7 +15,7 @@ OVERLAP = {
 }
 
 
-def apply_compile(blocks: Iterable, edits: Edits, backend: str | None = None, overlap: bool = False) -> int:
+def apply_compile(blocks: Iterable, edits: Edits, overlap: bool = False) -> int:
     """Compile every block in place, as one graph each (a graph break is an error); returns how many.
 
     overlap   keep the order in which exchanges between ranks are started and waited for
@@ -24,6 +24,6 @@ def apply_compile(blocks: Iterable, edits: Edits, backend: str | None = None, ov
     count = 0
     for block in blocks:
         edits.set_attribute(block, "_compiled_call_impl", block._compiled_call_impl)  # what .compile() is about to set
-        block.compile(backend=backend or BACKEND, fullgraph=True, options=dict(OVERLAP) if overlap else None)
+        block.compile(backend=BACKEND, fullgraph=True, options=dict(OVERLAP) if overlap else None)
         count += 1
     return count

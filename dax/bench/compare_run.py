@@ -6,7 +6,7 @@ memory on a GPU, and its sums come in another order (3e-7 on the tiny model), so
 
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -102,7 +102,7 @@ class Runner:
             if engine.plan != arrangement.plan:
                 said = "; ".join(engine.fallbacks) or "it resolves otherwise than without the weights"
                 raise DaxError("check_failed", f"plan {arrangement.name} on the loaded model: {said}")
-            with rounded_attention(pipe) if arrangement.rounded else no_change():
+            with rounded_attention(pipe) if arrangement.rounded else nullcontext():
                 yield pipe
 
     def run_missing(self, store: Cells, each: Arrangement, requests: list, keys: list[str], exact: list[str]) -> None:
@@ -183,11 +183,6 @@ def keys_of(each: Arrangement, exact: Arrangement, requests: list, common: dict)
         )
         for request, reference in zip(requests, references)
     ]
-
-
-@contextmanager
-def no_change():
-    yield
 
 
 @contextmanager

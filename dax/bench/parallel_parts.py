@@ -4,6 +4,7 @@ A part has up to two halves: what a rank does before there are other ranks, and 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -99,7 +100,7 @@ def clip_alone(job: Job):
     import torch
 
     import dax
-    from dax.bench.compare_run import no_change, rounded_attention
+    from dax.bench.compare_run import rounded_attention
     from dax.bench.compare_variants import floor
     from dax.generate.stages import quiet
     from dax.hardware import machine
@@ -113,7 +114,7 @@ def clip_alone(job: Job):
     with dax.optimize(pipe, "exact"):
         latents = clip(pipe)
     harmless = floor(Plan.load("exact"), machine(job.device), str(dtype).removeprefix("torch."), 128)
-    with dax.optimize(pipe, harmless.asked), rounded_attention(pipe) if harmless.rounded else no_change():
+    with dax.optimize(pipe, harmless.asked), rounded_attention(pipe) if harmless.rounded else nullcontext():
         return pipe, latents, relative(clip(pipe), latents), harmless.description
 
 

@@ -191,9 +191,9 @@ def device_weight_bytes(facts: Facts, eight_bits: bool = False, idle_on_host: bo
     return own + (facts.num_experts - 1) * (weight_bytes(facts, 0) if idle_on_host else own)
 
 
-def text_memory_bytes(facts: Facts, branches: int = 2) -> int:
-    """Bytes of the keys and values of text and image that every cross-attention layer keeps, in bf16."""
-    return branches * facts.num_blocks * 2 * (facts.text_tokens + facts.image_tokens) * facts.width * 2
+def text_memory_bytes(facts: Facts) -> int:
+    """Bytes of the keys and values, of text and image and both branches, that cross-attention keeps, in bf16."""
+    return 2 * facts.num_blocks * 2 * (facts.text_tokens + facts.image_tokens) * facts.width * 2
 
 
 def activation_bytes(facts: Facts, tokens: int) -> int:

@@ -199,23 +199,17 @@ def check_mask(mask: str, name: str = "mask") -> str:
     return mask
 
 
-def actions_of(mask: str, predictor: str = "reuse", sigmas: Sequence[float] | None = None) -> tuple[Action, ...]:
-    """The row of a mask: predicted steps reuse the last velocity, or follow the line through the last two in sigma."""
-    computed, row = [], []
-    for step, letter in enumerate(mask):
-        if letter == "1":
-            computed.append(step)
-            row.append(COMPUTE)
-        elif predictor == "linear" and len(computed) > 1:
-            row.append(linear(sigmas, step, computed[-1], computed[-2]))
-        else:
-            row.append(REUSE)
-    return tuple(row)
+def actions_of(mask: str) -> tuple[Action, ...]:
+    """The row of a mask: predicted steps reuse the last velocity."""
+    return tuple(COMPUTE if letter == "1" else REUSE for letter in mask)
 
 
-def flow_sigmas(steps: int, flow_shift: float, train_steps: int = 1000) -> list[float]:
-    """The noise level of each step as diffusers' flow schedulers set them: even steps, shifted towards noise."""
-    even = [1 + i * (1 / train_steps - 1) / steps for i in range(steps)]
+def flow_sigmas(steps: int, flow_shift: float) -> list[float]:
+    """The noise level of each step as diffusers' flow schedulers set them: even steps, shifted towards noise.
+
+    Of 1000 training steps, the vendor's default.
+    """
+    even = [1 + i * (1 / 1000 - 1) / steps for i in range(steps)]
     shifted = [flow_shift * s / (1 + (flow_shift - 1) * s) for s in even]
     return [min(shifted[0], 1 - 1e-6), *shifted[1:]]
 

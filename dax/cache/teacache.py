@@ -91,12 +91,12 @@ def teacache_mask(moved: Sequence[float], polynomial: Polynomial, threshold: flo
     return mask
 
 
-def fit(moved: Sequence[float], outputs: Sequence[float], setting: Setting, degree: int = 4) -> Polynomial:
-    """The authors' calibration: a polynomial from the embedding's change to the output's, least squares.
+def fit(moved: Sequence[float], outputs: Sequence[float], setting: Setting) -> Polynomial:
+    """The authors' calibration: a polynomial of degree 4 from the embedding's change to the output's, least squares.
 
     outputs  mean relative L1 change of the model's output at the same steps, over the calibration prompts
     """
     import numpy as np
 
-    found = np.polynomial.Polynomial.fit(moved, outputs, degree).convert().coef[::-1]
+    found = np.polynomial.Polynomial.fit(moved, outputs, 4).convert().coef[::-1]
     return Polynomial(tuple(map(float, found)), True, setting)

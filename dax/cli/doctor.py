@@ -9,6 +9,8 @@ import typer
 
 from dax.errors import EXIT_CODES
 
+DISTRIBUTION = "dax-engine"
+
 
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
@@ -38,14 +40,14 @@ def examine() -> dict:
     }
 
 
-def requirements(distribution: str = "dax-engine") -> list[dict]:
+def requirements() -> list[dict]:
     """Every library DAX is installed with: name, wanted and present version, what is wrong with it or None."""
     from packaging.requirements import Requirement
 
     try:
-        stated = metadata.requires(distribution) or []
+        stated = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # run from a checkout that was never installed
-        return [{"name": distribution, "wanted": "", "here": None, "problem": "not installed: pip install -e ."}]
+        return [{"name": DISTRIBUTION, "wanted": "", "here": None, "problem": "not installed: pip install -e ."}]
     found = []
     for need in map(Requirement, stated):
         if need.marker and not need.marker.evaluate({"extra": ""}):

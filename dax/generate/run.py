@@ -77,9 +77,8 @@ def make(settled: Settled, log):
         clock = Clock(ranks.enter)
         with clock.stage("load"):
             wanted = settled.resolved.plan
-            import_vendor(
-                checked.facts, here.device
-            )  # not first in load(): vendors keep errors, whose frames keep models
+            # not first in load(): vendors keep errors, whose frames keep models
+            import_vendor(checked.facts, here.device)
             waits = wanted.linear.active or wanted.offload == "experts"  # then optimize() brings the second expert over
             pipe = load(checked, here.device, dtype_of(here), ranks.first, "cpu" if waits else here.device)
             checked.unchanged()

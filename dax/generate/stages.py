@@ -169,7 +169,7 @@ def denoise(
 
     on_step   called after every step with its number from 0 and the latents, which it must not change
     pictures  of image-to-video: the first frame and, where the model takes it, the last (PIL, RGB)
-    Returns latents [1, 16, F, H / 8, W / 8] fp32. DaxError("check_failed") if one is not finite.
+    Returns latents [1, C, F, h, w] fp32. DaxError("check_failed") if one is not finite.
     """
     import torch
     from tqdm import tqdm

@@ -23,6 +23,7 @@ from dax.parallel.board import COUNT, PATH, Board
 
 PR_SET_PDEATHSIG = 1
 ECHO_S = 0.5
+INTERVAL_S = 0.25  # from one look at the board to the next
 FOLDER = "dax-ranks-"
 
 
@@ -192,10 +193,8 @@ class Watch:
     nodes   the other machines, where there are any: a rank of theirs is theirs to kill, and this process ends itself
     """
 
-    def __init__(
-        self, board: Board, tell: Callable[[str], None] = lambda line: None, interval_s: float = 0.25, nodes=None
-    ):
-        self.board, self.tell, self.interval_s, self.nodes = board, tell, interval_s, nodes
+    def __init__(self, board: Board, tell: Callable[[str], None] = lambda line: None, nodes=None):
+        self.board, self.tell, self.nodes = board, tell, nodes
         self.verdict: tuple[int, str] | None = None
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.look, daemon=True)
@@ -203,7 +202,7 @@ class Watch:
 
     def look(self) -> None:
         """What the thread does, until a rank is lost or `stop`."""
-        while not self.over.wait(self.interval_s):
+        while not self.over.wait(INTERVAL_S):
             self.verdict = self.judged()
             if self.verdict:
                 rank, said = self.verdict

@@ -11,10 +11,10 @@ from dax.cache.step_plan import (
     REUSE,
     Setting,
     StepPlan,
-    actions_of,
     check_mask,
     flow_sigmas,
     guidance_rows,
+    linear,
 )
 from dax.errors import DaxError
 
@@ -98,10 +98,9 @@ def test_masks_that_are_none(mask, says):
 def test_a_line_in_sigma_predicts_what_is_linear_in_sigma():
     sigmas = flow_sigmas(6, 3.0)
     velocity = [3.0 - 2.0 * s for s in sigmas]
-    for step, action in enumerate(actions_of("110010", "linear", sigmas)):
-        if action != COMPUTE:
-            known = [i for i in (4, 1, 0) if i < step][: len(action)]
-            assert sum(w * velocity[i] for w, i in zip(action, known)) == pytest.approx(velocity[step])
+    for step, *known in ((2, 1, 0), (3, 1, 0), (5, 4, 1)):
+        weights = linear(sigmas, step, *known)
+        assert sum(w * velocity[i] for w, i in zip(weights, known)) == pytest.approx(velocity[step])
 
 
 def test_noise_levels_are_those_of_the_vendors_scheduler():
