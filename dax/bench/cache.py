@@ -87,12 +87,14 @@ def bench(
         make = lambda prompts, seed: make_clips(pipe, prompts, size, steps, defaults.guidance_scale, seed)
         test = make(unseen[:num_test], 1000)
         if part.policy == "calibrated":
-            artifact = chosen(part, setting, effort)
+            artifact, spent = chosen(part, setting, effort), {"calibrated": part.file}
         else:
             clips = make(seen, 0)
             pipe.scheduler.set_timesteps(steps)
             moved = changes(time_embeddings(pipe.transformer, pipe.scheduler.timesteps, projected=True))
             artifact = calibrate(pipe, clips[:half], clips[half:], setting, "tiny", moved, effort, log, bar)
+            prompts = {"calibration_prompts": half, "held_out_prompts": len(seen) - half}
+            spent = {"calibrated": "in this run", **prompts, "effort": asdict(effort)}
         rows = contest(pipe, artifact, test, effort, log, bar)
     return report.record(
         "cache",
@@ -102,11 +104,8 @@ def bench(
         tokens=FACTS["tiny"].tokens(*size),
         dtype=dtype,
         setting=asdict(setting),
-        calibrated="in this run" if part.policy != "calibrated" else part.file,
-        calibration_prompts=half,
-        held_out_prompts=len(seen) - half,
+        **spent,
         test_prompts=len(test),
-        effort=asdict(effort),
         rows=rows,
         artifact=artifact.to_json(),
     )

@@ -6,6 +6,7 @@ with DAX lie in dax/plans and are found by the checkpoint's digest.
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,6 +85,8 @@ class Artifact:
             part.write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
             part.replace(path)
         except OSError as error:
+            with suppress(OSError):
+                part.unlink()
             raise DaxError("cannot_write", f"{path}: {error.strerror}") from None
 
     def digest(self) -> str:

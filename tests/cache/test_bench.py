@@ -55,6 +55,18 @@ def test_what_ships_is_judged_as_it_is():
         cache.chosen(part, replace(shipped.setting, checkpoint="0" * 64), cache.EFFORT)
 
 
+@pytest.mark.parametrize("plan", ["exact", "fast"])
+def test_a_record_tells_of_a_calibration_only_what_was_done(monkeypatch, plan):
+    shipped = load(SHIPPED / "tiny.exact.json")
+    monkeypatch.setattr(cache, "make_clips", lambda pipe, prompts, *_: prompts)
+    monkeypatch.setattr(cache, "calibrate", lambda *_: shipped)
+    monkeypatch.setattr(cache, "contest", lambda *_: [])
+    found = cache.bench(plan, num_test=3, device="cpu")
+    made = {"calibration_prompts", "held_out_prompts", "effort"} & found.keys()
+    assert found["test_prompts"] == 3 and found["setting"]["steps"] == 50
+    assert (found["calibrated"], len(made)) == (("in this run", 3) if plan == "exact" else ("auto", 0))
+
+
 def test_no_threshold_is_none():
     assert cache.threshold_for(lambda t: "11111111" if t < 0.5 else "10000000", 4, 1.0) is None
 

@@ -241,6 +241,13 @@ def test_damaged_artifacts(calibrated, tmp_path, says, change):
         find(str(tmp_path / "a.json"), None)
 
 
+def test_a_file_that_cannot_be_written_leaves_nothing(calibrated, tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(DaxError, match="a.json: Is a directory") as caught:
+        calibrated[0].save(tmp_path / "a.json")
+    assert caught.value.exit_code == 6 and [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 @pytest.mark.parametrize(("says", "text"), [("not JSON", "{"), ("format is 'list'", "[]")])
 def test_files_that_are_no_artifact(tmp_path, says, text):
     (tmp_path / "a.json").write_text(text)
