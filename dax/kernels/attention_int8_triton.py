@@ -68,46 +68,14 @@ def attention_kernel(
     whole = num_keys // KEYS
     for i in range(whole):
         largest, total, acc = attend_tile(
-            q,
-            q_scale,
-            K,
-            KScale,
-            V,
-            largest,
-            total,
-            acc,
-            i,
-            num_keys,
-            k_row,
-            v_row,
-            ROWS,
-            KEYS,
-            TILE,
-            D,
-            DESCRIBED,
-            False,
-        )
+            q, q_scale, K, KScale, V, largest, total, acc, i, num_keys,
+            k_row, v_row, ROWS, KEYS, TILE, D, DESCRIBED, False,
+        )  # fmt: skip
     if whole * KEYS < num_keys:
         largest, total, acc = attend_tile(
-            q,
-            q_scale,
-            K,
-            KScale,
-            V,
-            largest,
-            total,
-            acc,
-            whole,
-            num_keys,
-            k_row,
-            v_row,
-            ROWS,
-            KEYS,
-            TILE,
-            D,
-            DESCRIBED,
-            True,
-        )
+            q, q_scale, K, KScale, V, largest, total, acc, whole, num_keys,
+            k_row, v_row, ROWS, KEYS, TILE, D, DESCRIBED, True,
+        )  # fmt: skip
     o = acc * (1.0 / total)[:, None] * tl.load(VScale + index * D + channel)[None, :]
     out = Out + ((index // H * S + row) * H + index % H)[:, None] * D + channel[None, :]
     tl.store(out, o.to(Out.dtype.element_ty), valid[:, None])

@@ -11,7 +11,7 @@ from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
 from dax.kernels.q_quantize import chunk_of, larger, pairs, words_of
 from dax.kernels.qk_norm_rope import case as turned_case
-from dax.kernels.qk_norm_rope import qk_norm_rope_reference, table_of
+from dax.kernels.qk_norm_rope import qk_norm_rope_reference, rows_of, table_of
 from dax.kernels.start import start
 
 TILE = 128
@@ -121,8 +121,7 @@ def launch_means(
 
 def launch_amax(x: torch.Tensor) -> torch.Tensor:
     B, S, H, D = x.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    T = -(-S // TILE)
+    x, T = rows_of(x), -(-S // TILE)
     out = torch.empty(B, T, H, D, device=x.device, dtype=torch.float32)
     with torch.cuda.device_of(x):
         start(

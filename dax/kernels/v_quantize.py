@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
+from dax.kernels.qk_norm_rope import rows_of
 from dax.kernels.rooms import UNIT, addresses, fill
 from dax.kernels.start import start
 
@@ -74,8 +75,7 @@ def v_quantize_into(v, amax, rooms: list) -> torch.Tensor:
 
 def start_v_quantize(v, amax, out, places=None) -> torch.Tensor:
     B, S, H, D = v.shape
-    v = v if v.stride(-1) == 1 else v.contiguous()
-    scale = (amax / LARGEST[out.dtype]).clamp_min(SMALLEST)
+    v, scale = rows_of(v), (amax / LARGEST[out.dtype]).clamp_min(SMALLEST)
     with torch.cuda.device_of(v):
         start(
             v_quantize_kernel, (H, -(-S // TILE), B), v, scale, out, places, S, v.stride(0), v.stride(1), v.stride(2),
