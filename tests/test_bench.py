@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import typer
 
 from dax.bench import contest, linear, report, rivals, start, step
 from dax.bench.block import calls_of
@@ -246,7 +247,7 @@ def test_every_time_is_told_as_it_is_known(subject, rows, capsys):
     """So that a run that is cut short has told something."""
     from dax.cli.bench import command
 
-    size = {"height": 64, "width": 64, "num_frames": 5, "layers": 1}
+    size = {"height": 64, "width": 64, "num_frames": 5}
     command(subject, "tiny", rows=rows, warm_up_s=0.0, timed_s=0.001, device="cpu", as_json=True, **size)
     printed = capsys.readouterr()
     timed = [row for row in json.loads(printed.out)["rows"] if "sm_mhz" in row]
@@ -260,6 +261,37 @@ def test_the_command_prints_the_ledger(capsys):
     assert isinstance(json.loads(capsys.readouterr().out), list)
     with pytest.raises(DaxError, match="did you mean 'block'"):
         command("blok")
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (
+            ["cache", "--model", "wan2.1-t2v-14b"],
+            "bench cache takes no --model, but --plan, --steps",
+        ),
+        (["load", "--num-frames", "5"], "bench load takes no --num-frames"),
+        (["start", "--seconds", "2"], "bench start takes no --seconds"),
+        (["video", "--rows", "eager"], "bench video takes no --rows"),
+        (["attention", "--gpus", "4"], "bench attention takes no --gpus"),
+        (["parallel", "--plan", "exact", "--plan", "fast"], "one --plan at a time, not exact and fast"),
+    ],
+)
+def test_a_flag_that_a_bench_would_not_read_is_refused(typed, told):
+    from dax.cli.main import app
+
+    with pytest.raises(DaxError, match=told) as caught:
+        typer.main.get_command(app)(["bench", *typed], standalone_mode=False)
+    assert caught.value.exit_code == 2
+
+
+def test_a_common_flag_that_a_bench_of_kernels_has_no_use_for_is_named(monkeypatch, capsys):
+    from dax.cli.bench import command
+
+    monkeypatch.setattr("dax.bench.linear.bench", lambda *_: {"rows": []})
+    command("linear", layers=1, plan=["exact", "fast"], as_json=True)
+    heard = capsys.readouterr().err
+    assert "bench linear takes no --layers, but --model" in heard and "takes no --plan" in heard
 
 
 def test_linear_checks_every_product_and_names_its_ceiling():

@@ -1,6 +1,7 @@
 """`dax bench SUBJECT`: figures with their ceilings. The work is in `dax.bench`, a file for each subject."""
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,23 @@ from dax.cli import options
 from dax.cli.options import log
 from dax.errors import DaxError, nearest
 
-SUBJECTS = ("start", "load", "attention", "linear", "block", "forward", "cache", "step", "video", "parallel", "claims")
+SIZE, TIMES = ("height", "width", "num_frames"), ("warm_up_s", "timed_s")
+COMMON = ("model", *SIZE, "layers", "plan")  # no bench of kernels or of the loop refuses one of these
+STACKS = (*COMMON, "rows", "waterfall", *TIMES)
+SUBJECTS = {  # and what of the flags each takes, beside --device and --json
+    "start": ("model", *SIZE, "plan"),
+    "load": ("model", "layers", "plan"),
+    "attention": ("model", *SIZE, "tokens", "rows", *TIMES),
+    "linear": ("model", *SIZE, "rows", *TIMES),
+    "block": STACKS,
+    "forward": STACKS,
+    "cache": ("plan", "steps", "climb"),
+    "step": ("model", *SIZE, *TIMES),
+    "video": (*COMMON, "steps"),
+    "parallel": (*COMMON, "rows", "gpus", "svg", *TIMES),
+    "claims": (),
+}
+NAMES = {"num_frames": "num-frames", "warm_up_s": "warm-up", "timed_s": "seconds", "as_json": "json"}
 
 
 def command(
@@ -27,10 +44,11 @@ def command(
     rows: Annotated[
         str | None,
         typer.Option(
-            help="rivals to time, as in eager,fa3,sage; of linear: int8,fp8,bf16; of parallel: ways,auto,link,vae,clip"
+            help="what to time: of block and forward rivals, as eager,fa3,sage; of attention kernels and passes; of "
+            "linear int8,fp8,bf16; of parallel ways,auto,link,vae,clip"
         ),
     ] = None,
-    plan: Annotated[list[str] | None, typer.Option(help="also time DAX under this plan; may be repeated")] = None,
+    plan: Annotated[list[str] | None, typer.Option(help="of DAX; block and forward time several, repeated")] = None,
     steps: options.Steps = None,
     climb: Annotated[int, typer.Option(help="cached runs of the search for each budget, of cache")] = 40,
     waterfall: Annotated[bool, typer.Option("--waterfall", help="add each plan's techniques one by one")] = False,
@@ -42,8 +60,7 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Time random weights at real sizes, DAX and rivals taking turns; print every figure with its ceiling."""
-    if subject not in SUBJECTS:
-        raise DaxError("bad_request", f"bench: unknown subject {subject!r}{nearest(subject, SUBJECTS)}")
+    check(**locals())
     if subject == "claims":
         from dax.bench import claims, report
 
@@ -51,13 +68,14 @@ def command(
         print(json.dumps(entries) if as_json else report.table(entries, claims.COLUMNS))
         return
 
-    if svg and (subject != "parallel" or "ways" not in (rows or "ways") or not svg.absolute().parent.is_dir()):
+    if svg and ("ways" not in (rows or "ways") or not svg.absolute().parent.is_dir()):
         raise DaxError("bad_request", f"--svg {svg}: bench parallel draws its ways, into a folder that is there")
     if subject in ("attention", "linear", "block", "forward", "video"):
         from dax.hardware import machine
 
         if machine(device).device == "cpu":
-            log("no GPU: a CPU is slow at real sizes; --height, --width, --num-frames and --layers make them smaller")
+            smaller = "--height, --width, --num-frames" + " and --layers" * ("layers" in SUBJECTS[subject])
+            log(f"no GPU: a CPU is slow at real sizes; {smaller} make them smaller")
     size = height, width, num_frames
     if subject == "start":
         from dax.bench.start import COLUMNS, bench
@@ -115,3 +133,20 @@ def command(
         write_atomically(svg, drawn(result).encode())
     if result.get("failed"):
         raise DaxError("check_failed", result["failed"])
+
+
+def check(subject: str, plan: list[str] | None, **typed) -> None:
+    """DaxError("bad_request") for an unknown subject, or a flag that it would not read; one of COMMON is named only."""
+    if subject not in SUBJECTS:
+        raise DaxError("bad_request", f"bench: unknown subject {subject!r}{nearest(subject, SUBJECTS)}")
+    takes, usual, unread = (*SUBJECTS[subject], "device", "as_json"), signature(command).parameters, {}
+    for name, value in {"plan": plan or None, **typed}.items():
+        if name not in takes and value != usual[name].default:
+            known = ", ".join(f"--{NAMES.get(each, each)}" for each in takes)
+            unread[name] = f"bench {subject} takes no --{NAMES.get(name, name)}, but {known}"
+    if len(plan or ()) > 1 and "plan" in takes and "waterfall" not in takes:
+        unread["plan"] = f"bench {subject} takes one --plan at a time, not {' and '.join(plan)}"
+    for name, said in unread.items():
+        if subject not in ("attention", "linear", "video") or name not in COMMON:
+            raise DaxError("bad_request", said)
+        log(said)
