@@ -91,15 +91,11 @@ def read_measured(name_or_path: "str | Path") -> Measured | None:
         raise DaxError("bad_request", f"plan {path}: {where}: {first['msg']}; tune it again") from None
 
 
-def save(path: "str | Path", plan: Plan, measured: Measured) -> None:
-    """Write plan and measurement as one YAML file. DaxError("cannot_write") if the path refuses."""
+def to_yaml(plan: Plan, measured: Measured) -> str:
+    """The file of a plan with its measurement. Never to be written in part: the plan alone reads as one without."""
     import yaml
 
-    text = plan.to_yaml() + yaml.safe_dump({KEY: measured.model_dump(exclude_none=True)}, sort_keys=False)
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DaxError("cannot_write", f"plan file {path}: {error.strerror}") from None
+    return plan.to_yaml() + yaml.safe_dump({KEY: measured.model_dump(exclude_none=True)}, sort_keys=False)
 
 
 def check_min_psnr(wanted: float, measured: Measured | None, differences: list[str], exact: bool) -> None:

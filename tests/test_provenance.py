@@ -7,7 +7,7 @@ from dax.generate.run import Job, generate
 from dax.generate.settle import check_model
 from dax.hardware import machine
 from dax.plan import Plan
-from dax.provenance import Measured, computes, read_measured, save
+from dax.provenance import Measured, computes, read_measured, to_yaml
 from dax.resolve import resolve
 
 REQUEST = {"height": 32, "width": 48, "num_frames": 5, "steps": 4, "guidance_scale": 4.0, "flow_shift": 3.0}
@@ -28,7 +28,7 @@ def tuned(tmp_path):
             "request": REQUEST, "computes": computes(resolved), "versions": {"torch": "2.13.0"},
             "date": "2026-11-25T12:00:00Z", "command": "dax tune --min-psnr 30", **changes,
         })  # fmt: skip
-        save(tmp_path / "tuned.yaml", plan, measured)
+        (tmp_path / "tuned.yaml").write_text(to_yaml(plan, measured))
         return str(tmp_path / "tuned.yaml")
 
     return write

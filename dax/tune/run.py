@@ -14,7 +14,7 @@ from dax.bench.compare_run import versions
 from dax.bench.plots import scatter
 from dax.errors import DaxError
 from dax.plan import Plan
-from dax.provenance import Measured, computes, held, save
+from dax.provenance import Measured, computes, held, to_yaml
 from dax.tune import sensitivity
 from dax.tune.job import Job, check
 from dax.tune.knobs import PRESETS, knobs, presets_among
@@ -66,7 +66,7 @@ def tune(job: Job, log=lambda text: None) -> Tuned:
     measured = proof(bench, job, found.plan, point.cost, **figures)
     target = held(psnr_db, p10_db) if job.min_psnr is None else job.min_psnr
     presets = measure_presets(bench, target, log) if job.presets else {}
-    save(job.output, found.asked, measured)
+    write_atomically(job.output, to_yaml(found.asked, measured).encode())
     write_atomically(job.output.with_suffix(".svg"), drawn(search, point, target).encode())
     return Tuned(found.asked, point, measured, search.front(), search, errors, left_out, presets)
 
