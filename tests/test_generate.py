@@ -58,6 +58,18 @@ def test_the_same_request_gives_the_same_frames_whatever_ran_before(tmp_path):
     assert np.array_equal(a, c) and not np.array_equal(a, b)
 
 
+def test_the_memory_check_knows_what_a_job_gives_back(monkeypatch):
+    from dax.generate.preflight import preflight
+    from dax.generate.settle import settle
+    from dax.models.tiny import FOLDER
+
+    asked = []
+    monkeypatch.setattr("dax.generate.settle.check_memory", lambda *given: asked.append(given))
+    settle(Job({"prompt": "x"}, device="cpu"))
+    _, _, weights, _, _, text = asked[0]
+    assert (weights, text) == (4 * preflight(FOLDER).parameters, 4 * preflight(FOLDER).text_parameters)
+
+
 def test_flow_shift_reaches_the_scheduler(tmp_path):
     for name, shift in (("a", 3.0), ("b", 8.0)):
         generate(Job({**SMALL, "flow_shift": shift}, str(tmp_path / f"{name}.npz")))

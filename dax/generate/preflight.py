@@ -44,7 +44,8 @@ EMBEDDING = "encoder.embed_tokens.weight"  # the text encoder's other name for s
 
 @dataclass(frozen=True)
 class Checked:
-    """A folder that may be loaded. `parameters` of all parts; `digest` (sha256, hex) tells a model from another.
+    """A folder that may be loaded. `parameters` of all parts and, of those, the text encoder's; `digest` (sha256, hex)
+    tells a model from another.
 
     `stored` are the linear layers of the transformer, of two experts each, that were saved in 8 bits.
     """
@@ -53,6 +54,7 @@ class Checked:
     facts: Facts
     files: tuple[Path, ...]
     parameters: int
+    text_parameters: int
     digest: str
     stamps: tuple[tuple[int, int, int], ...]
     stored: dict[str, Rule]
@@ -131,11 +133,13 @@ def preflight(folder: Path) -> Checked:
         files.append(check_image_processor(folder / "image_processor" / "preprocessor_config.json"))
     scheduler = check_scheduler(folder / "scheduler" / "scheduler_config.json")
     files.append(scheduler)
+    parameters = {part: sum(map(prod, tensors.values())) for part, tensors in expected.items()}
     return Checked(
         folder=folder,
         facts=named(facts, flow_shift_of(read_json(scheduler))),
         files=tuple(files),
-        parameters=sum(prod(shape) for part in expected.values() for shape in part.values()),
+        parameters=sum(parameters.values()),
+        text_parameters=parameters["text_encoder"],
         digest=digest(folder, files),
         stamps=tuple(map(stamp_of, files)),
         stored=stored,

@@ -148,22 +148,25 @@ def experts_bytes(facts: Facts, plan: Plan, itemsize: int, stored: bool = False)
     return max(alone, device_weight_bytes(facts, eight_bits, idle_on_host) * itemsize // 2)
 
 
-def memory_bytes(facts: Facts, request: Request, weights: int, itemsize: int) -> int:
+def memory_bytes(facts: Facts, request: Request, weights: int, itemsize: int, text: int = 0) -> int:
     """Estimate of the most memory the job needs at once: weights, and the larger of a block's or the decoder's peak.
 
     weights   bytes as loaded;  itemsize  bytes per activation
+    text      of the weights those of a text encoder that is given back once the text is read
     """
     tokens = facts.tokens(request.height, request.width, request.num_frames)
     block = itemsize * tokens * (8 * facts.width + 2 * facts.ffn_dim)
     pixels = request.height * request.width
     decoder = 4 * pixels * (4 * 96 * 3)  # four frames, 96 channels at full size, three alive
     clip = 3 * pixels * request.num_frames * (4 + 4 + 4 + 1)  # decoded, joined, scaled; then bytes
-    return weights + max(block, decoder + clip)
+    return max(weights, weights - text + max(block, decoder + clip))
 
 
-def check_memory(facts: Facts, request: Request, weights: int, itemsize: int, memory_gib: float | None) -> None:
+def check_memory(
+    facts: Facts, request: Request, weights: int, itemsize: int, memory_gib: float | None, text: int = 0
+) -> None:
     """DaxError("unsupported") if the estimate exceeds the memory there is. None: unknown, nothing to say."""
-    need = memory_bytes(facts, request, weights, itemsize) / 2**30
+    need = memory_bytes(facts, request, weights, itemsize, text) / 2**30
     if memory_gib is not None and need > memory_gib:
         raise DaxError(
             "unsupported",

@@ -117,7 +117,7 @@ def settle(job: Job) -> Settled:
         part = resolved.plan.parallel
         topology = Topology(part.cfg, part.ulysses, part.rows)
         kept += window_bytes(facts, shares.tokens, topology, part.wire_bytes)
-    check_memory(facts, request, kept, dtype.itemsize, here.memory_gib)
+    check_memory(facts, request, kept, dtype.itemsize, here.memory_gib, checked.text_parameters * dtype.itemsize)
     schedule(resolved.plan.cache, resolved.calibration, facts, request, checkpoint)
     measured = read_measured(job.plan) if job.plan else None
     elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []
