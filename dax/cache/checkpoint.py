@@ -1,8 +1,7 @@
 """Which checkpoint a calibration belongs to: one small tensor that no plan changes, read from a model or its folder.
 
 The head's modulation table, rounded to bf16 so that every dtype a checkpoint is kept or loaded in gives one digest.
-Fine-tuning moves it; an adapter on other layers does not. Neither torch
-nor numpy is imported.
+Fine-tuning moves it; an adapter on other layers does not. Neither torch nor numpy is imported.
 """
 
 import hashlib

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from dax.errors import DaxError
 
+BRANCHES = ("cond", "uncond")
 COMPUTE = "compute"
 DROP = "drop"  # of uncond: no guidance in this step, the velocity of cond counts alone
 REUSE = (1.0,)
@@ -121,7 +122,7 @@ class StepPlan:
 
     def actions(self, branch: str) -> tuple[Action, ...]:
         """The row of a branch. One that is neither cond nor uncond is both at once, in one batch."""
-        if branch in ("cond", "uncond"):
+        if branch in BRANCHES:
             return self.cond if branch == "cond" else self.uncond
         if not self.joint:
             self.refuse(f"branches differ, and the pipeline runs them together as {branch!r}")
@@ -184,9 +185,6 @@ class StepPlan:
     def hash(self) -> str:
         """sha256 (hex) of the canonical JSON."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
-
-
-BRANCHES = ("cond", "uncond")
 
 
 def check_mask(mask: str, name: str = "mask") -> str:

@@ -36,17 +36,10 @@ def command(
     """Measure what a step cache needs to know of a model, and write the file that `cache.file` takes."""
     from dax.cache.calibrate import BUDGETS, Effort
     from dax.generate.calibrate import Job, run
+    from dax.generate.request import request_fields
 
     options.say_if_tiny(model)
-    given = {
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "flow_shift": flow_shift,
-        "seed": seed,
-    }
+    given = request_fields(locals())
     effort = Effort(tuple(budget or BUDGETS), probes, climb, batch, seed or 0)
     job = Job(given, output, model, plan, tuple(sets or ()), prompts, num_prompts, effort, device, overwrite)
     found = run(job, log, options.watched(as_json))

@@ -36,20 +36,12 @@ def command(
     from dax.bench.compare import Job, compare
     from dax.bench.compare_files import check_folder, text, write_report
     from dax.bench.report import command_line
+    from dax.generate.request import request_fields
 
     if not output.strip():
         raise DaxError("bad_request", "-o is empty: name a folder")
     options.say_if_tiny(model)
-    given = {
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "flow_shift": flow_shift,
-        "negative_prompt": negative_prompt,
-        "seed": seed,
-    }
+    given = request_fields(locals())
     folder = Path(output)
     job = Job(tuple(plan), folder, given, prompts, model, attribute, device, strict, command_line())
     comparison, clips = compare(job, log, ready=lambda: check_folder(folder, overwrite))

@@ -53,22 +53,12 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Generate a clip. Its path (or a JSON record) goes to stdout, progress to stderr."""
+    from dax.generate.request import request_fields
     from dax.generate.run import Job, generate, last_line
 
     if model is None and from_clip is None:
         options.say_if_tiny(model)
-    given = {
-        "prompt": prompt,
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "flow_shift": flow_shift,
-        "negative_prompt": negative_prompt,
-        "seed": seed,
-        "fps": fps,
-    }
+    given = request_fields(locals())
     job = Job(
         given,
         output,

@@ -44,19 +44,12 @@ def command(
     truest within a time (--max-seconds), or the cheapest that holds both.
     """
     from dax.bench.report import command_line, table
+    from dax.generate.request import request_fields
     from dax.tune.job import Job
     from dax.tune.run import tune
 
     options.say_if_tiny(model)
-    given = {
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "flow_shift": flow_shift,
-        "seed": seed,
-    }
+    given = request_fields(locals())
     job = Job(
         min_psnr, Path(output), given, model, prompts, held_out, calibration, few, max_runs, device, overwrite,
         command_line(), max_seconds, presets,

@@ -41,7 +41,7 @@ class Request:
 
 
 def request_fields(record: dict) -> dict:
-    """The fields of a Request that a clip's record holds."""
+    """The fields of a Request that a clip's record holds, or the flags of a command."""
     return {field.name: record[field.name] for field in fields(Request) if field.name in record}
 
 
