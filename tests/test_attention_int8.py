@@ -16,6 +16,15 @@ def gaussian(*shapes, seed=0):
     return [torch.randn(*shape, generator=generator) for shape in shapes]
 
 
+def test_a_tile_is_one_number_everywhere():
+    """The planner shares tokens out by it without asking a kernel, and keys, values and means are kept by it."""
+    from dax.kernels import k_quantize, token_stats, v_quantize
+    from dax.parallel import cost
+
+    tiles = {backend_of("int8").token_align, cost.TILE, k_quantize.TILE, token_stats.TILE, v_quantize.TILE}
+    assert tiles == {TILE}
+
+
 def errors(q, k, v) -> tuple[float, float]:
     """Of 8-bit attention, and of SageAttention2's scheme on the same tensors."""
     sampled = reference(q, k, v)
