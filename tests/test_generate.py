@@ -60,14 +60,16 @@ def test_the_same_request_gives_the_same_frames_whatever_ran_before(tmp_path):
 
 def test_the_memory_check_knows_what_a_job_gives_back(monkeypatch):
     from dax.generate.preflight import preflight
+    from dax.generate.request import Released
     from dax.generate.settle import settle
     from dax.models.tiny import FOLDER
 
     asked = []
     monkeypatch.setattr("dax.generate.settle.check_memory", lambda *given: asked.append(given))
     settle(Job({"prompt": "x"}, device="cpu"))
-    _, _, weights, _, _, text = asked[0]
-    assert (weights, text) == (4 * preflight(FOLDER).parameters, 4 * preflight(FOLDER).text_parameters)
+    (_, _, weights, _, _, released), folder = asked[0], preflight(FOLDER)
+    assert weights == 4 * folder.parameters
+    assert released == Released(4 * folder.text_parameters, 4 * folder.facts.num_parameters)
 
 
 def test_flow_shift_reaches_the_scheduler(tmp_path):

@@ -18,6 +18,7 @@ MAX_FRAMES = 100_001
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 MAX_FPS = 240
+DECODER_ALIVE = 13  # activations of a decoder's full size at once: 20.2 GiB with the clip, 720p x 81 frames, an H200
 
 
 @dataclass(frozen=True)
@@ -148,25 +149,43 @@ def experts_bytes(facts: Facts, plan: Plan, itemsize: int, stored: bool = False)
     return max(alone, device_weight_bytes(facts, eight_bits, idle_on_host) * itemsize // 2)
 
 
-def memory_bytes(facts: Facts, request: Request, weights: int, itemsize: int, text: int = 0) -> int:
-    """Estimate of the most memory the job needs at once: weights, and the larger of a block's or the decoder's peak.
+@dataclass(frozen=True)
+class Released:
+    """Bytes of weights that a job gives back: the text encoder's once the text is read, the experts' after the loop.
+
+    strips   ranks that decode together; they keep their experts meanwhile
+    """
+
+    text: int = 0
+    experts: int = 0
+    strips: int = 1
+
+
+def memory_bytes(facts: Facts, request: Request, weights: int, itemsize: int, released: Released = Released()) -> int:
+    """Estimate of the most memory the job needs at once: weights, with a block's or the decoder's peak.
 
     weights   bytes as loaded;  itemsize  bytes per activation
-    text      of the weights those of a text encoder that is given back once the text is read
     """
     tokens = facts.tokens(request.height, request.width, request.num_frames)
     block = itemsize * tokens * (8 * facts.width + 2 * facts.ffn_dim)
     pixels = request.height * request.width
-    decoder = 4 * pixels * (4 * 96 * 3)  # four frames, 96 channels at full size, three alive
+    decoder = 4 * pixels * 4 * 96 * DECODER_ALIVE
     clip = 3 * pixels * request.num_frames * (4 + 4 + 4 + 1)  # decoded, joined, scaled; then bytes
-    return max(weights, weights - text + max(block, decoder + clip))
+    looping = weights - released.text
+    decoding = looping - released.experts + (decoder + clip) // released.strips
+    return max(weights, looping + block, decoding)
 
 
 def check_memory(
-    facts: Facts, request: Request, weights: int, itemsize: int, memory_gib: float | None, text: int = 0
+    facts: Facts,
+    request: Request,
+    weights: int,
+    itemsize: int,
+    memory_gib: float | None,
+    released: Released = Released(),
 ) -> None:
     """DaxError("unsupported") if the estimate exceeds the memory there is. None: unknown, nothing to say."""
-    need = memory_bytes(facts, request, weights, itemsize, text) / 2**30
+    need = memory_bytes(facts, request, weights, itemsize, released) / 2**30
     if memory_gib is not None and need > memory_gib:
         raise DaxError(
             "unsupported",

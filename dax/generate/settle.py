@@ -12,7 +12,7 @@ from dax.generate.checkpoint import check_dtypes, read_header
 from dax.generate.image import Picture, read_images, stretched
 from dax.generate.preflight import Checked, locate, preflight
 from dax.generate.ranks import count_of, parallel_plan
-from dax.generate.request import Request, check_memory, experts_bytes, make_request, request_fields
+from dax.generate.request import Released, Request, check_memory, experts_bytes, make_request, request_fields
 from dax.generate.stages import import_vendor
 from dax.generate.steps import checkpoint_of, schedule
 from dax.hardware import Machine, machine
@@ -112,12 +112,15 @@ def settle(job: Job) -> Settled:
     untimed = {"overlap": asked.parallel.overlap}  # optimize() measures where that is `auto`
     asked = asked.model_copy(update={"parallel": resolved.plan.parallel.model_copy(update=untimed)})
     others = checked.parameters - facts.num_experts * facts.num_parameters
-    kept = others * dtype.itemsize + experts_bytes(facts, resolved.plan, dtype.itemsize, bool(checked.stored))
+    experts = experts_bytes(facts, resolved.plan, dtype.itemsize, bool(checked.stored))
+    kept, text = others * dtype.itemsize + experts, checked.text_parameters * dtype.itemsize
+    together = resolved.plan.parallel.vae == "split"
+    released = Released(text, 0, count) if together else Released(text, experts)
     if here.device == "cuda" and resolved.plan.compile == "none":
         part = resolved.plan.parallel
         topology = Topology(part.cfg, part.ulysses, part.rows)
         kept += window_bytes(facts, shares.tokens, topology, part.wire_bytes)
-    check_memory(facts, request, kept, dtype.itemsize, here.memory_gib, checked.text_parameters * dtype.itemsize)
+    check_memory(facts, request, kept, dtype.itemsize, here.memory_gib, released)
     schedule(resolved.plan.cache, resolved.calibration, facts, request, checkpoint)
     measured = read_measured(job.plan) if job.plan else None
     elsewhere = measured.differences(checked.digest, here.name, resolved.plan, asdict(request)) if measured else []
