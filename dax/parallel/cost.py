@@ -31,7 +31,7 @@ class Cluster:
     traffic    elementwise bytes of a block in units of one bf16 activation, 2 S C;  memory  bytes/s of device memory
     node       ranks of one node, joined by `inside`; nodes are joined by `between`
     direct     the same GPUs through a window (window.py), or None: they do not see each other's memory
-    tax        bytes/s that computation loses to a collective beside it, which takes processors, memory and power
+    tax        bytes/s that computation loses to an exchange beside it, which takes processors, memory and power
     """
 
     linear: float
@@ -43,7 +43,7 @@ class Cluster:
     inside: Link
     between: Link
     direct: Link | None = None
-    tax: float = 250e9  # fitted to 2 GPUs, over NVLink and through the host alike: docs/parallelism.md
+    tax: float = 250e9  # of 2 and 4 GPUs: over NVLink, through a window and the host alike: docs/parallelism.md
 
     def window(self, topology: Topology) -> bool:
         """Whether the ranks that share tokens may exchange through a window."""
@@ -129,13 +129,13 @@ def predict(
     chunks      head chunks that hide the exchange under attention; 0 hides nothing
     wire_bytes  per element of q, k and v on the wire; the output always has 2
     branches    forwards per step: 2 with guidance
-    window      exchanges go through one, written by the kernels that compute: no collective runs beside them
+    window      exchanges go through one
     """
     copies = copy_s(facts, tokens, topology, cluster, wire_bytes, window)
     compute = compute_s(facts, tokens, topology, cluster) + copies
     total, exposed = exchanges_s(facts, tokens, topology, cluster, chunks, wire_bytes, window)
-    link = cluster.inside if topology.sequence <= cluster.node else cluster.between
-    tax = 0.0 if window else (total - exposed) * link.bytes_per_s / cluster.tax
+    link = cluster.direct if window else cluster.inside if topology.sequence <= cluster.node else cluster.between
+    tax = (total - exposed) * link.bytes_per_s / cluster.tax
     layer = compute + exposed + tax
     rounds = ceil(branches / topology.cfg)
     alone = compute_s(facts, tokens, Topology(), cluster)
