@@ -190,9 +190,10 @@ def test_a_machine_that_falls_silent_is_lost(two_nodes, monkeypatch):
 def test_no_process_here_dies_for_a_rank_elsewhere(tmp_path):
     """Its number on another machine is somebody else's here."""
     code = (
-        "import time\nfrom dax.parallel.board import Board, Entry\nfrom dax.parallel.launch import Watch\n"
+        "import time\nfrom functools import partial\n"
+        "from dax.parallel.board import Board, Entry\nfrom dax.parallel.launch import Watch\n"
         f"board = Board({str(tmp_path / 'board')!r}, 2, 0)\nboard.put(1, Entry(0.0, 0.0, 0, -1, 'load'))\n"
-        "board.tick()\nboard.enter('load', 0.0)\nWatch(board, print)\ntime.sleep(30)"
+        "board.tick()\nboard.enter('load', 0.0)\nWatch(board, partial(print, flush=True))\ntime.sleep(30)"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 7 and ended.stdout.startswith("rank 1 hangs: no progress")
