@@ -204,9 +204,14 @@ def denoise(
 
 def release(pipe, *names: str) -> None:
     """Give back the memory of those of the pipeline's models that are there, with all that lived through them."""
+    pipe.register_modules(**{name: None for name in names if getattr(pipe, name, None) is not None})
+    collect()
+
+
+def collect() -> None:
+    """Give back the memory of models that nobody holds."""
     import torch
 
-    pipe.register_modules(**{name: None for name in names if getattr(pipe, name, None) is not None})
     gc.collect()  # a model under hooks is a circle
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
