@@ -27,11 +27,13 @@ try:
         warpgroup_mma_wait,
     )
 
-    load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names in Triton 3.6
+    shared = gl.shared_memory_descriptor
+    reinterpret = getattr(shared, "reinterpret", None) or shared._reinterpret  # the latter in Triton 3.6, as below
+    load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
     store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 except (ImportError, AttributeError):  # Gluon is experimental: a Triton may lack it, or some of it
     gluon = gl = Absent
-    fence_async_shared = load_tile = store_tile = mbarrier = tma = None
+    fence_async_shared = load_tile = reinterpret = store_tile = mbarrier = tma = None
     warpgroup_mma = warpgroup_mma_init = warpgroup_mma_wait = None
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "gluon",
     "load_tile",
     "mbarrier",
+    "reinterpret",
     "store_tile",
     "tl",
     "tma",
