@@ -1,6 +1,7 @@
-"""The orthogonal transform of a head's channels that queries and keys both go through before they are quantised.
+"""Orthogonal transforms that both factors of a product go through before they are quantised, and so leave it as it is.
 
-It leaves q k^T as it is and spreads a loud channel over 32 (Hadamard, as in QuaRot, arXiv:2404.00456).
+They spread a loud channel over its neighbours (Hadamard, as in QuaRot, arXiv:2404.00456): over 32 of a head of queries
+and keys, over 8 of a linear layer's inputs. All of it happens inside a thread.
 """
 
 import torch

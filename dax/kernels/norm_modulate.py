@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from dax.kernels.gated_residual import add_gated, gated_residual_reference
 from dax.kernels.language import tl, triton
 from dax.kernels.op import Cost, define
-from dax.kernels.quantize import LARGEST, decoded, load_row, quantize_rows_reference, row_meta, store_codes, store_row
+from dax.kernels.quantize import (
+    LARGEST,
+    decoded,
+    load_row,
+    quantize_rows_reference,
+    rotated,
+    row_meta,
+    store_codes,
+    store_row,
+)
 from dax.kernels.start import start
 from dax.kernels.token_rows import rows_of_tokens, strides
 
@@ -37,13 +46,14 @@ def norm_modulate_quantize_reference(
     dtype: torch.dtype,
     scale: torch.Tensor | None = None,
     split: int = 0,
+    rotate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """norm_modulate in 8 bits, never rounded to bf16 in between: ([B, S, C] dtype, [B, S] fp32 scales).
 
-    scale     [] fp32   static, or None: each token's own. See quantize_rows.
+    scale, rotate   as in quantize_rows: [] fp32, static, or None for each token's own; whether to rotate first
     Reads x once and writes half of it: 3 B S C bytes in bf16.
     """
-    return quantize_rows_reference(norm_modulate_reference(x.float(), weight, bias, eps, split), dtype, scale)
+    return quantize_rows_reference(norm_modulate_reference(x.float(), weight, bias, eps, split), dtype, scale, rotate)
 
 
 def residual_norm_modulate_reference(
@@ -88,6 +98,7 @@ def norm_kernel(
     C: tl.constexpr,
     CHUNK: tl.constexpr,
     LARGEST: tl.constexpr,
+    ROTATE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     if Sums is None:
@@ -122,10 +133,12 @@ def norm_kernel(
     if Scale is None:
         store_row(Out + row * C, out, C, CHUNK)
     else:
-        store_codes(Out + row * C, out, Scale + row, StaticScale, inverse * 0.0, C, CHUNK, LARGEST)
+        store_codes(Out + row * C, out, Scale + row, StaticScale, inverse * 0.0, C, CHUNK, LARGEST, ROTATE)
 
 
-def norm_into(out, x, weight, bias, eps, split, scale=None, static_scale=None, y=None, gate=None, sums=None) -> None:
+def norm_into(
+    out, x, weight, bias, eps, split, scale=None, static_scale=None, rotate=False, y=None, gate=None, sums=None
+) -> None:
     """Write `out` [B, S, C]: LayerNorm(x) * weight + bias, in 8 bits and their `scale` [B, S] where that is given.
 
     Where `sums` [B, S, C] is given, write that too: x + gate * y, which is then normed instead of x.
@@ -134,7 +147,7 @@ def norm_into(out, x, weight, bias, eps, split, scale=None, static_scale=None, y
     x, y = x.contiguous(), None if y is None else y.contiguous()
     weight, bias, gate = (None if v is None else v.float().contiguous() for v in (weight, bias, gate))
     which = (S, split, *strides(weight), *((0, 0) if gate is None else strides(gate)))
-    static = {"LARGEST": LARGEST.get(out.dtype, 0.0)} | row_meta(C)
+    static = {"LARGEST": LARGEST.get(out.dtype, 0.0), "ROTATE": rotate} | row_meta(C)
     operands = x, y, gate, sums, weight, bias, out, scale, static_scale
     with torch.cuda.device_of(x):
         start(norm_kernel, (B * S,), *operands, *which, eps, **static)
@@ -154,10 +167,11 @@ def launch_quantize(
     dtype: torch.dtype,
     scale: torch.Tensor | None = None,
     split: int = 0,
+    rotate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(x.shape, device=x.device, dtype=dtype)
     row_scale = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
-    norm_into(codes, x, weight, bias, eps, split, row_scale, scale)
+    norm_into(codes, x, weight, bias, eps, split, row_scale, scale, rotate)
     return codes, row_scale
 
 
@@ -175,7 +189,9 @@ def launch_residual(
     return x, out
 
 
-def case(B: int, S: int, C: int, samples: int, dtype: torch.dtype | None = None, static=False, split: int = -1):
+def case(
+    B: int, S: int, C: int, samples: int, dtype: torch.dtype | None = None, static=False, split: int = -1, rotate=False
+):
     def arguments(generator, device):
         def gaussian(*shape):
             return torch.randn(*shape, generator=generator, device=device)
@@ -185,7 +201,7 @@ def case(B: int, S: int, C: int, samples: int, dtype: torch.dtype | None = None,
         weight, bias = gaussian(*rows) * 0.3 + 1, gaussian(*rows) * 0.3
         scale = torch.tensor(4.0 / LARGEST[dtype], device=device) if static else None
         quantised = () if dtype is None else (dtype, scale)
-        return x, weight, bias, 1e-6, *quantised, max(split, 0)
+        return x, weight, bias, 1e-6, *quantised, max(split, 0), *((rotate,) if quantised else ())
 
     return arguments
 
@@ -223,15 +239,18 @@ norm_modulate_quantize = define(
     launch_quantize,
     cases={
         "modulated, int8": case(2, 63, 384, 2, torch.int8),
+        "affine, wide, rotated": case(1, 63, 5120, 1, torch.int8, rotate=True),
         "affine, e4m3": case(1, 257, 5120, 1, torch.float8_e4m3fn),
         "static, int8": case(1, 63, 1536, 1, torch.int8, static=True),
         "two rows, int8": case(2, 63, 384, 2, torch.int8, split=62),
     },
-    exact=lambda x, weight, bias, eps, dtype, scale=None, split=0: norm_modulate_reference(
-        x.float(), weight, bias, eps, split
+    exact=lambda x, weight, bias, eps, dtype, scale=None, split=0, rotate=False: (rotated if rotate else torch.clone)(
+        norm_modulate_reference(x.float(), weight, bias, eps, split)
     ),
     decode=decoded,
-    cost=lambda x, weight, bias, eps, dtype, scale=None, split=0: Cost(0, x.numel() * (x.element_size() + 1)),
+    cost=lambda x, weight, bias, eps, dtype, scale=None, split=0, rotate=False: Cost(
+        0, x.numel() * (x.element_size() + 1)
+    ),
 )
 residual_norm_modulate = define(
     residual_norm_modulate_reference,

@@ -72,7 +72,9 @@ def normed(x, weight, bias, eps: float, layers: list, split: int = 0) -> Activat
     if not share_codes(layers):
         return norm_modulate(x, weight, bias, eps, split)
     if first.rule.static or first.rule.per_token:
-        return norm_modulate_quantize(x, weight, bias, eps, first.activation, first.input_scale, split)
+        return norm_modulate_quantize(
+            x, weight, bias, eps, first.activation, first.input_scale, split, first.rule.rotated
+        )
     return first.quantize(norm_modulate(x, weight, bias, eps, split))
 
 

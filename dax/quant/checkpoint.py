@@ -17,7 +17,7 @@ from dax.quant.layers import linears
 from dax.quant.linear import QuantLinear
 from dax.quant.scheme import Rule
 
-FORMAT = "dax-quant-1"
+FORMAT = "dax-quant-2"  # 1: before int8 was rotated
 
 
 def save(module: nn.Module, path: "str | Path", source: str) -> None:

@@ -13,6 +13,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from dax.edits import Edits
 from dax.quant.apply import planned, replace
 from dax.quant.linear import QuantLinear
+from dax.quant.scheme import ROTATION, check_rotation
 
 SCALES = (".weight_scale", ".input_scale")
 
@@ -22,13 +23,23 @@ class Method(str, Enum):  # noqa: UP042  diffusers reads .value of a str
 
 
 class DaxConfig(QuantizationConfigMixin):
-    """`from_pretrained(..., quantization_config=DaxConfig({"blocks": "int8"}))`; rules as of quantize_."""
+    """`from_pretrained(..., quantization_config=DaxConfig({"blocks": "int8"}))`; rules as of quantize_.
 
-    def __init__(self, rules: dict[str, str], granularity: str = "token-channel", quant_method: str = "dax"):
+    `rotation` is what a saved model says of itself. DaxError("bad_model") for another than this version's.
+    """
+
+    def __init__(self, rules: dict[str, str], granularity="token-channel", quant_method="dax", rotation=ROTATION):
+        check_rotation(rotation, "quantization_config")
         self.quant_method, self.rules, self.granularity = Method(quant_method), dict(rules), granularity
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
+        """As any config's; one that was saved without a rotation had none."""
+        return super().from_dict({"rotation": None} | config_dict, return_unused_kwargs, **kwargs)
+
     def to_dict(self) -> dict:
-        return {"quant_method": "dax", "rules": self.rules, "granularity": self.granularity}
+        words = {"quant_method": "dax", "rules": self.rules, "granularity": self.granularity}
+        return words | {"rotation": ROTATION}
 
     to_diff_dict = to_dict
 

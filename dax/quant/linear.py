@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dax.errors import DaxError
-from dax.kernels.quantize import LARGEST, SMALLEST_AMAX, quantize_rows, to_codes
+from dax.kernels.quantize import LARGEST, SMALLEST_AMAX, quantize_rows, rotated, to_codes
 from dax.kernels.scaled_linear import scaled_linear, scaled_linear_quantize
 from dax.quant.scheme import SCHEMES, Rule
 
@@ -20,6 +20,7 @@ class QuantLinear(nn.Linear):
     """y = x w^T + b with w in 8 bits, and x too unless the scheme is for the weight alone.
 
     weight        [N, K]  int8 or float8_e4m3fn      weight_scale  [N]  fp32 (equal entries for one per tensor)
+                  its codes are of the rotated weight where rule.rotated
     input_scale   []      fp32, or None: dynamic     bias          [N]  or None
     rule          how it was quantised (scheme, granularity, static)
     float_dtype   what `.to(dtype)` would have made of the weight by now, had it stayed in floating point
@@ -53,7 +54,7 @@ class QuantLinear(nn.Linear):
             raise DaxError("bad_request", f"linear: static = {rule.static} and input_scale = {input_scale} disagree")
         weight = linear.weight.detach()
         new = cls(linear.in_features, linear.out_features, linear.bias is not None, rule, weight.device, weight.dtype)
-        new.weight.data, new.weight_scale.data = quantized(weight, new.weight.dtype, rule.per_channel)
+        new.weight.data, new.weight_scale.data = quantized(weight, new.weight.dtype, rule)
         if linear.bias is not None:
             new.bias.data = linear.bias.detach().clone()
         if rule.static:
@@ -68,7 +69,7 @@ class QuantLinear(nn.Linear):
 
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes, one fp32 scale per token) of an input [..., K], as this layer wants it."""
-        return quantize_rows(x, self.activation, self.scale_of(x))
+        return quantize_rows(x, self.activation, self.scale_of(x), self.rule.rotated)
 
     def scale_of(self, x: torch.Tensor) -> torch.Tensor | None:
         """The scale to divide an input by: the static one, one for the whole tensor, or None for each token's own."""
@@ -103,7 +104,8 @@ class QuantLinear(nn.Linear):
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[N, K] in floating point."""
-        return (self.weight.float() * self.weight_scale[:, None]).to(dtype)
+        weight = self.weight.float() * self.weight_scale[:, None]
+        return (rotated(weight) if self.rule.rotated else weight).to(dtype)
 
     def _apply(self, fn, recurse=True):
         """Move weight and scales with the module, but never change what they are. Layerwise casting is refused."""
@@ -136,12 +138,12 @@ class QuantLinear(nn.Linear):
         return f"{super().extra_repr()}, {self.rule.scheme}, {self.rule.granularity}" + ", static" * self.rule.static
 
 
-def quantized(weight: torch.Tensor, dtype: torch.dtype, per_channel: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, K] in 8 bits and its [N] fp32 scales, all equal where there is one for the tensor."""
+def quantized(weight: torch.Tensor, dtype: torch.dtype, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, K] in 8 bits, rotated if the rule says so, and its [N] fp32 scales, all equal where the tensor has one."""
     if weight.dtype in LARGEST:
         raise DaxError("bad_request", f"the weight is {weight.dtype} already")
-    if per_channel:
-        return quantize_rows(weight.contiguous(), dtype)
+    if rule.per_channel:
+        return quantize_rows(weight.contiguous(), dtype, rotate=rule.rotated)
     scale = tensor_scale(weight, dtype)
     return to_codes(weight.float() / scale, dtype), scale.repeat(len(weight))
 

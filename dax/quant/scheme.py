@@ -12,6 +12,7 @@ from dax.errors import DaxError, nearest
 from dax.hardware import Machine, no_kernels
 
 NONE = "none"
+ROTATION = 8  # neighbouring inputs that are mixed before they are quantised, see Rule.rotated; files name it
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,23 @@ class Rule:
     @property
     def per_channel(self) -> bool:
         return GRANULARITIES[self.granularity][1]
+
+    @property
+    def rotated(self) -> bool:
+        """Whether weight and input go through a Hadamard transform of ROTATION neighbours first.
+
+        It brings int8 nearer; floats hold loud and quiet channels as they are, a scale for all tokens was measured
+        on what comes unrotated.
+        """
+        return self.per_token and SCHEMES[self.scheme].activation == "int8"
+
+
+def check_rotation(rotation, where: str) -> None:
+    """DaxError("bad_model") unless saved codes were rotated as this version does it."""
+    if rotation != ROTATION:
+        raise DaxError(
+            "bad_model", f"{where}: rotation = {rotation!r}, this version reads {ROTATION}: quantise the weights again"
+        )
 
 
 def reason(scheme: str, machine: Machine) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dax.errors import DaxError
 from dax.facts import Facts
 from dax.plan import Linear
-from dax.quant.scheme import NONE, SCHEMES, Rule, match, rules_of
+from dax.quant.scheme import NONE, SCHEMES, Rule, check_rotation, match, rules_of
 
 
 def stored_layers(config: Mapping, facts: Facts, part: str = "transformer") -> dict[str, Rule]:
@@ -27,7 +27,7 @@ def stored_layers(config: Mapping, facts: Facts, part: str = "transformer") -> d
     rules, granularity = found.get("rules"), found.get("granularity", "token-channel")
     if not isinstance(rules, dict) or not all(isinstance(scheme, str) for scheme in rules.values()):
         raise DaxError("bad_model", f"{where}: rules = {rules!r} must be a mapping of layer to scheme")
-    if odd := found.keys() - {"quant_method", "rules", "granularity"}:
+    if odd := found.keys() - {"quant_method", "rules", "granularity", "rotation"}:
         raise DaxError("bad_model", f"{where}: unknown key {min(odd)!r}")
     if not isinstance(granularity, str):
         raise DaxError("bad_model", f"{where}: granularity = {granularity!r} must be a word")
@@ -37,6 +37,7 @@ def stored_layers(config: Mapping, facts: Facts, part: str = "transformer") -> d
         raise DaxError("bad_model", f"{where}: {error}") from None
     if not layers:
         raise DaxError("bad_model", f"{where}: its rules name no layer")
+    check_rotation(found.get("rotation"), where)
     return layers
 
 

@@ -61,7 +61,7 @@ def test_a_file_of_another_model_version_or_source_is_refused(saved, tmp_path):
     with pytest.raises(DaxError, match="of another model: 0 is"):
         quant.load(again, tmp_path / "other")
     save_file(load_file(path), tmp_path / "plain", metadata={"format": "pt"})
-    with pytest.raises(DaxError, match="format 'pt', this version reads 'dax-quant-1'"):
+    with pytest.raises(DaxError, match="format 'pt', this version reads 'dax-quant-2'"):
         quant.load(again, tmp_path / "plain")
     (tmp_path / "junk").write_bytes(b"junk")
     with pytest.raises(DaxError, match="quantised weights .*junk"):

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from dax.errors import DaxError
+from dax.kernels.quantize import quantize_rows
+from dax.kernels.scaled_linear import scaled_linear
 from dax.quant import QuantLinear, Rule
 from dax.quant.scheme import SCHEMES
 
@@ -43,6 +45,17 @@ def test_a_scale_per_token_spares_the_others_from_an_outlier():
         for granularity in ("token-channel", "tensor-channel")
     )
     assert relative(per_token, plain(x)[0, others]) < 0.02 < 0.3 < relative(per_tensor, plain(x)[0, others])
+
+
+def test_a_loud_channel_costs_the_others_less_where_weight_and_input_are_rotated():
+    plain, x = layer(256, 96), torch.randn(3, 65, 256)
+    x[..., 7] *= 30
+    quantised = QuantLinear.from_float(plain, "int8")
+    weight, weight_scale = quantize_rows(plain.weight, torch.int8)
+    unrotated = scaled_linear(*quantize_rows(x, torch.int8), weight, weight_scale, plain.bias, torch.float32)
+    assert relative(quantised(x), plain(x)) < 0.6 * relative(unrotated, plain(x))
+    assert relative(quantised.dequantized(), plain.weight) < 0.01
+    assert not torch.equal(quantised.weight, weight)
 
 
 def test_static_scales_saturate_and_need_their_scale():

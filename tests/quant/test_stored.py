@@ -150,6 +150,7 @@ def test_row_29_codes_without_scales_or_of_another_type(random_folder, tmp_path,
         ({"quant_method": "dax", "rules": {"blocks": scheme}, "granularity": 3}, "granularity = 3 must be a word"),
         ({"quant_method": "dax", "rules": {"blocks": scheme}, "bits": 8}, "unknown key 'bits'"),
         ({"quant_method": "dax", "rules": {}, "granularity": "token-channel"}, "name no layer"),
+        ({"quant_method": "dax", "rules": {"blocks": scheme}}, "rotation = None, this version reads 8"),
     ):
         change(config, quantization_config=broken)
         refused(folder, says)
