@@ -6,6 +6,7 @@ to the dtype it loads in; scales are set aside before that, so that they stay fp
 
 from enum import Enum
 
+import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -14,6 +15,7 @@ from dax.edits import Edits
 from dax.quant.apply import planned, replace
 from dax.quant.linear import QuantLinear
 from dax.quant.scheme import ROTATION, check_rotation
+from dax.quant.upload import upload
 
 SCALES = (".weight_scale", ".input_scale")
 
@@ -54,8 +56,16 @@ class DaxQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: DaxConfig, **kwargs):
         super().__init__(quantization_config, **kwargs)
         self.scales: dict = {}
+        self.device: torch.device | None = None  # the GPU that all weights go to
 
-    def _process_model_before_weight_loading(self, model, **_):
+    def get_cuda_warm_up_factor(self) -> int:
+        """So much less than one bf16 element is taken from the device at once for each element: half, a byte."""
+        return 2
+
+    def _process_model_before_weight_loading(self, model, device_map=None, **_):
+        devices = {torch.device(device) for device in (device_map or {}).values() if device != "disk"}
+        if len(devices) == 1 and (device := devices.pop()).type == "cuda":
+            self.device = device
         if not self.pre_quantized:
             return
         config = self.quantization_config
@@ -65,6 +75,8 @@ class DaxQuantizer(DiffusersQuantizer):
             model.set_submodule(name, new)
 
     def maybe_update_state_dict(self, state_dict):
+        if self.device is not None:
+            state_dict = upload(state_dict, self.device)
         self.scales |= {name: tensor for name, tensor in state_dict.items() if name.endswith(SCALES)}
         return state_dict
 
