@@ -63,9 +63,7 @@ class DaxQuantizer(DiffusersQuantizer):
         return 2
 
     def _process_model_before_weight_loading(self, model, device_map=None, **_):
-        devices = {torch.device(device) for device in (device_map or {}).values() if device != "disk"}
-        if len(devices) == 1 and (device := devices.pop()).type == "cuda":
-            self.device = device
+        self.device = only_gpu(device_map)
         if not self.pre_quantized:
             return
         config = self.quantization_config
@@ -92,6 +90,15 @@ class DaxQuantizer(DiffusersQuantizer):
             config = self.quantization_config
             replace(model, planned(model, config.rules, config.granularity), Edits(), keep=False)
         return model
+
+
+def only_gpu(device_map) -> torch.device | None:
+    """The GPU that all of a model goes to by diffusers' map of modules to places, or None."""
+    places = set(device_map.values()) if isinstance(device_map, dict) else set()
+    if len(places) != 1 or "disk" in places:
+        return None
+    device = torch.device(places.pop())
+    return device if device.type == "cuda" else None
 
 
 def register() -> type[DaxConfig]:

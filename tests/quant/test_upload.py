@@ -3,7 +3,25 @@
 import pytest
 import torch
 
+from dax.quant.diffusers import only_gpu
 from dax.quant.upload import PIECE, upload
+
+
+@pytest.mark.parametrize(
+    "device_map, place",
+    [
+        (None, None),
+        ("auto", None),
+        ({"": "cpu"}, None),
+        ({"": "disk"}, None),
+        ({"": "cuda"}, "cuda"),
+        ({"": torch.device("cuda:1")}, "cuda:1"),
+        ({"blocks.0": "cuda:0", "blocks.1": "cpu"}, None),
+    ],
+    ids=str,
+)
+def test_only_a_model_that_goes_to_one_gpu_is_brought_there_by_threads(device_map, place):
+    assert only_gpu(device_map) == (place and torch.device(place))
 
 
 @pytest.mark.gpu
