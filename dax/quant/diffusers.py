@@ -59,7 +59,7 @@ class DaxQuantizer(DiffusersQuantizer):
         self.device: torch.device | None = None  # the GPU that all weights go to
 
     def get_cuda_warm_up_factor(self) -> int:
-        """So much less than one bf16 element is taken from the device at once for each element: half, a byte."""
+        """By what diffusers divides the bytes of a bf16 model when it takes room at once: 8-bit weights need half."""
         return 2
 
     def _process_model_before_weight_loading(self, model, device_map=None, **_):

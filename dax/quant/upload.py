@@ -1,8 +1,7 @@
 """Tensors of a mapped file to a GPU: one thread reads in the file's order, others copy what is there to the device.
 
 Copied one by one, as diffusers does it, the disk rests while a tensor crosses to the device and the other way round; a
-mapped page, moreover, is first copied by the driver to memory it can read from. Several threads that read at once, each
-somewhere else, took a tenth off a disk's rate.
+mapped page, moreover, is first copied by the driver to memory it can read from.
 """
 
 from collections.abc import Mapping

@@ -224,3 +224,15 @@ def test_generate_keeps_no_originals_unless_told(random_folder, tmp_path):
         record, frames = clip(random_folder, tmp_path, plan="balanced", sets=sets)
         assert record["plan"]["linear"]["keep_original"] == kept
         assert json.dumps(record["computed"]) == '{"cond": 2, "uncond": 2}'
+
+
+@pytest.mark.fault(37)
+def test_diffusers_own_loading_refuses_codes_that_were_rotated_otherwise():
+    from dax.quant import register
+
+    saved = {"quant_method": "dax", "rules": {"blocks": "int8"}, "granularity": "token-channel"}
+    for found, says in ((saved, "rotation = None"), (saved | {"rotation": 16}, "rotation = 16")):
+        with pytest.raises(DaxError, match=f"quantization_config: {says}, this version reads 8") as caught:
+            register().from_dict(found)
+        assert caught.value.code == "bad_model"
+    assert register().from_dict(saved | {"rotation": 8}).to_dict() == saved | {"rotation": 8}
