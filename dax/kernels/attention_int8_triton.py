@@ -7,7 +7,20 @@ the same multiprocessor, three of which fit.
 import torch
 
 from dax.kernels.language import tl, triton
+from dax.kernels.q_quantize import larger
 from dax.kernels.start import start
+
+# p = 2^x by the bits of a float, a straight line within each octave (Schraudolph, 1999): an integer product, and no
+# exponential. LARGEST is p where x = 0; its mantissa is one whose 2^x is off by what it is off on average. The floats
+# are p 2^-24, since fp16's subnormals are integers in that unit.
+LARGEST, OCTAVE = 120, 2.0**23
+TOP = tl.constexpr(torch.tensor(LARGEST * 2.0**-24).view(torch.int32).item())
+SHARPEST = 2.0**-4  # octaves that a step between scores can mean; 8 bits blur scores by hundreds of steps
+LOWEST = 100.0  # octaves below the largest where a float ends; p is 0 long before
+DEEPEST = tl.constexpr(
+    64.0
+)  # how far below the largest, in octaves, a tile can lie and still be summed in its own unit
+STEEP, UNIT, DEPTH = tl.constexpr(SHARPEST), tl.constexpr(OCTAVE), tl.constexpr(LOWEST)
 
 # Compute capability: rows of a program, keys of a step, whether tiles are fetched by descriptor, what Triton is told.
 CONFIG = {
@@ -18,11 +31,11 @@ CONFIG = {
 
 @triton.jit
 def attend_tile(
-    q, q_scale, K, KScale, V, largest, total, acc, i, num_keys,
+    q, q_scale, K, KScale, V, largest, unit, total, acc, i, num_keys,
     k_row, v_row, ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
     DESCRIBED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One step of the running softmax over KEYS keys: its new maximum [ROWS], sum [ROWS] and output [ROWS, D]."""
+    """One step of the running softmax over KEYS keys: its largest score, unit and sum [ROWS], its output [ROWS, D]."""
     key, channel = tl.arange(0, KEYS), tl.arange(0, D)
     if DESCRIBED:
         k = K.load([k_row + i * KEYS, 0])
@@ -30,21 +43,27 @@ def attend_tile(
         k = tl.load(K + (i * KEYS + key)[:, None] * D + channel[None, :])
     s = tl.dot(q, tl.trans(k), out_dtype=tl.int32)
     scale = q_scale * tl.load(KScale + i * KEYS // TILE)
-    low = scale * (1.0 - 2.0**-22)  # rounds the maximum down, so that the largest p is 2^8 or more
-    new = tl.maximum(largest, tl.max(s, 1).to(tl.float32) * low)  # of integers: half the instructions
-    p = tl.minimum(tl.exp2(s.to(tl.float32) * scale[:, None] - (new - 8.0)[:, None]), 448.0)  # fp8's range
+    sharp = tl.minimum(scale, STEEP)
+    step = (sharp * UNIT + 0.5).to(tl.int32)
+    top = tl.max(s, 1)
+    low = top - tl.minimum(DEPTH / sharp, UNIT).to(tl.int32)
+    bits = tl.maximum(s, low[:, None]) * step[:, None] + (top * -step + TOP)[:, None]
+    p = bits.to(tl.float32, bitcast=True).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int8)
     if TAIL:
-        p = tl.where((i * KEYS + key < num_keys)[None, :], p, 0.0)
-    fade = tl.exp2(largest - new)
-    total = total * fade + tl.sum(p, 1)
+        p = tl.where((i * KEYS + key < num_keys)[None, :], p, 0)
+    here = top.to(tl.float32) * scale
+    largest = tl.maximum(largest, here)
+    here = larger(here, largest - DEEPEST)
+    fade = tl.exp2(unit - here)
+    total = total * fade + tl.sum(p.to(tl.int32), 1).to(tl.float32)
     if DESCRIBED:
         v = V.load([v_row + i * KEYS // TILE * D, i * KEYS % TILE])
     else:
         first = tl.multiple_of(i * KEYS // TILE * D * TILE + i * KEYS % TILE, 16)
         v = tl.load(V + first + channel[:, None] * TILE + key[None, :])
-    p = p.to(v.dtype).reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
-    acc = acc * fade[:, None] + tl.dot(p, tl.trans(v))  # a fresh sum each step: fp8's accumulator keeps 22 bits
-    return new, total, acc
+    p = p.reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
+    acc = acc * fade[:, None] + tl.dot(p, tl.trans(v), out_dtype=tl.int32).to(tl.float32)
+    return largest, here, total, acc
 
 
 @triton.jit(do_not_specialize=["S", "H", "num_keys", "num_tiles"])
@@ -63,17 +82,18 @@ def attention_kernel(
         V += index * num_tiles * TILE * D
     KScale += index * num_tiles
     largest = tl.full((ROWS,), -1e30, tl.float32)
+    unit = largest
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, D), tl.float32)
     whole = num_keys // KEYS
     for i in range(whole):
-        largest, total, acc = attend_tile(
-            q, q_scale, K, KScale, V, largest, total, acc, i, num_keys,
+        largest, unit, total, acc = attend_tile(
+            q, q_scale, K, KScale, V, largest, unit, total, acc, i, num_keys,
             k_row, v_row, ROWS, KEYS, TILE, D, DESCRIBED, False,
         )  # fmt: skip
     if whole * KEYS < num_keys:
-        largest, total, acc = attend_tile(
-            q, q_scale, K, KScale, V, largest, total, acc, whole, num_keys,
+        largest, unit, total, acc = attend_tile(
+            q, q_scale, K, KScale, V, largest, unit, total, acc, whole, num_keys,
             k_row, v_row, ROWS, KEYS, TILE, D, DESCRIBED, True,
         )  # fmt: skip
     o = acc * (1.0 / total)[:, None] * tl.load(VScale + index * D + channel)[None, :]

@@ -21,7 +21,8 @@ OPS = load_ops()
 CASES = [pytest.param(name, case, id=f"{name}: {case}") for name, op in OPS.items() for case in op.cases]
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 SPILLS = {  # bytes that ptxas is known to spill, by the Triton that wrote the code
-    "scaled_linear": 32, "attention_int8": {"3.8": 64, "3.9": 600}, "attention_bf16": {"3.8": 444, "3.9": 368},
+    "scaled_linear": 32, "attention_int8": {"3.6": 20, "3.7": 20, "3.8": 64, "3.9": 1420},
+    "attention_bf16": {"3.8": 444, "3.9": 368},
 }  # fmt: skip
 INTO = {"attention_int8": attention.attention_int8_into, "attention_bf16": attention_bf16.attention_bf16_into}
 
@@ -175,7 +176,7 @@ def operands(B=1, S=70, N=130, H=2, D=64, **changes):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(B, n, H, D, generator=generator) for n in (S, N, N))
     names = ("q", "q_scale", "k", "k_scale", "v", "v_scale", "num_keys")
-    given = dict(zip(names, attention.arguments_of(q, k, v, torch.float8_e4m3fn)))
+    given = dict(zip(names, attention.arguments_of(q, k, v)))
     return {**given, **{name: change(given[name]) for name, change in changes.items()}}
 
 
