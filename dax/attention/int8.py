@@ -1,14 +1,16 @@
 """DAX's own 8-bit attention as a backend.
 
-int8 queries, keys and values. What all tokens must share, the keys' mean and the values'
+int8 queries and keys, fp8 values (fp16 on GPUs without fp8). What all tokens must share, the keys' mean and the values'
 range, are its stats; the rest is done token by token, so that operands can travel between ranks in 8 bits.
 """
+
+from functools import partial
 
 import torch
 
 from dax.attention.backend import Backend
 from dax.kernels.attention_int8 import ATTENTION_INT8, attention_int8_into
-from dax.kernels.hopper import on_hopper
+from dax.kernels.hopper import compute_capability, on_hopper
 from dax.kernels.k_quantize import K_QUANTIZE, TILE, k_quantize_into, num_tiles
 from dax.kernels.q_quantize import Q_QUANTIZE, q_quantize_into
 from dax.kernels.token_stats import KEY_MEANS, TOKEN_AMAX
@@ -40,18 +42,18 @@ def build(name: str, portable: bool) -> Backend:
     return Backend(
         name,
         stats,
-        prepare,
+        partial(prepare, dtype=value_dtype()),
         attend,
         layout=LAYOUT,
         num_query_operands=2,
         token_align=TILE,
         attend_into=attend_into if on_hopper() and not portable else None,
-        forms=forms,
+        forms=partial(forms, dtype=value_dtype()),
         written=CODES,
     )
 
 
-def forms(B, s, heads, D):
+def forms(B, s, heads, D, dtype=torch.float8_e4m3fn):
     """(shape, dtype) of what `prepare` makes of s tokens."""
     T = num_tiles(s)
     return (
@@ -59,7 +61,7 @@ def forms(B, s, heads, D):
         ((B, heads, s), torch.float32),
         ((B, heads, T, TILE, D), torch.int8),
         ((B, heads, T), torch.float32),
-        ((B, heads, T, D, TILE), torch.int8),
+        ((B, heads, T, D, TILE), dtype),
         ((B, heads, D), torch.float32),
     )
 
@@ -69,7 +71,7 @@ def stats(k, v, heads, turn):
     return KEY_MEANS(k, heads, turn.k_weight, turn.cos, turn.sin, turn.eps), TOKEN_AMAX(v.unflatten(2, (heads, -1)))
 
 
-def prepare(q, k, v, heads, turn, stats, scale=None, rooms=None):
+def prepare(q, k, v, heads, turn, stats, scale=None, dtype=torch.float8_e4m3fn, rooms=None):
     """[B, s, C] each -> q, q scales, k, k scales, v, v scales, as attention_int8 takes them.
 
     The keys are shifted by the mean of the means, though of a sample: any shift gives the same attention.
@@ -81,11 +83,16 @@ def prepare(q, k, v, heads, turn, stats, scale=None, rooms=None):
     if rooms is None:
         q = Q_QUANTIZE(q, heads, scale, q_weight, *angles)
         means, amax = stats() if callable(stats) else stats
-        return *q, *K_QUANTIZE(k, heads, means.mean(1), k_weight, *angles), *V_QUANTIZE(v, amax)
+        return *q, *K_QUANTIZE(k, heads, means.mean(1), k_weight, *angles), *V_QUANTIZE(v, amax, dtype)
     q_scale = q_quantize_into(q, heads, scale, q_weight, *angles, rooms[0])
     means, amax = stats() if callable(stats) else stats
     k_scale = k_quantize_into(k, heads, means.mean(1), k_weight, *angles, rooms[2])
     v_scale = v_quantize_into(v, amax, rooms[4])
-    shapes = forms(v.shape[0], v.shape[1], heads, v.shape[3])
+    shapes = forms(v.shape[0], v.shape[1], heads, v.shape[3], dtype)
     q, k, v = (torch.empty(shape, dtype=kind, device="meta") for shape, kind in (shapes[i] for i in CODES))
     return q, q_scale, k, k_scale, v, v_scale
+
+
+def value_dtype() -> torch.dtype:
+    """fp8, or fp16 on a GPU without it."""
+    return torch.float16 if torch.cuda.is_available() and compute_capability(None) < 89 else torch.float8_e4m3fn

@@ -1,14 +1,14 @@
 """8-bit attention for Hopper (compute capability 9.0), in Gluon. docs/attention.md tells what each choice was worth.
 
 A block takes 192 queries of a head through all its keys: three warpgroups of 64 rows, and one warp that fetches. A
-warpgroup turns s = q k^T (int8, exact in int32) into p = 120 2^(s - max) in int8, and adds p v to its fp32 output. The
-maximum is that of a row in one tile of keys, so that what is small beside another tile keeps its 7 bits.
+warpgroup turns s = q k^T (int8, exact in int32) into p = 224 2^(s - max) in fp8, and adds p v to its fp32 output. The
+maximum is that of a row in one tile of keys, an integer as its scores are.
 - 2^x is made of integers: a product whose result is the bits of p as a float (see attention_int8_triton).
 - A token goes around the warpgroups: p v is one's own to begin. It is passed on when half of the channels are done; the
   other half is multiplied while the first is added up, and the next scores come when the tensor cores have room.
-- Each p v is a fresh sum, exact in int32, and added in fp32 as output and sum are rescaled to the tile's unit.
+- Each p v is a fresh sum, added in fp32 with the rescaling: fp8's accumulator keeps 22 bits, too few for 75 600 keys.
 - p times a column of ones gives the row sums, on tensor cores. For the last tile the ones end where the keys end.
-- The row maximum is taken of integers, two to an instruction; p needs no shuffle, since v's tokens lie in its order.
+- The row maximum takes two scores to an instruction; p needs no shuffle, since v's tokens lie in its order.
 """
 
 import torch
@@ -38,11 +38,12 @@ def reciprocal(x):
 
 
 @gluon.jit
-def to_int8(bits):
-    """The bits of p 2^-24 in fp32, p at most 127, to the nearest integer: fp16's subnormals are such, so it packs."""
+def to_fp8(p):
+    """Four to a register; written out so that ptxas folds the packing into the conversion."""
     return gl.inline_asm_elementwise(
-        "{ .reg .b32 lo, hi; cvt.rn.f16x2.f32 lo, $2, $1; cvt.rn.f16x2.f32 hi, $4, $3; prmt.b32 $0, lo, hi, 0x6420; }",
-        "=r,r,r,r,r", [bits], dtype=gl.int8, is_pure=True, pack=4,
+        "{ .reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3;"
+        " mov.b32 $0, {lo, hi}; }",
+        "=r,r,r,r,r", [p], dtype=gl.float8e4nv, is_pure=True, pack=4,
     )  # fmt: skip
 
 
@@ -69,10 +70,10 @@ def attend_rows(
     largest = gl.full([ROWS], -1e30, gl.float32, s_rows)
     unit = largest  # of o and total, in log2
     no_s = gl.zeros([ROWS, TILE], gl.int32, s_layout)
-    no_o = gl.zeros([ROWS, HALF], gl.int32, o_layout)
-    no_sum = gl.zeros([ROWS, 8], gl.int32, sum_layout)
-    left, right = no_o.to(gl.float32), no_o.to(gl.float32)
-    total, _ = no_sum.to(gl.float32).reshape([ROWS, 4, 2]).split()  # one column of eight equal ones is enough
+    no_o = gl.zeros([ROWS, HALF], gl.float32, o_layout)
+    no_sum = gl.zeros([ROWS, 8], gl.float32, sum_layout)
+    left, right = no_o, no_o
+    total, _ = no_sum.reshape([ROWS, 4, 2]).split()  # one column of eight equal ones is enough
     mbarrier.wait(q_full, 0)
     for i in range(n):
         stage = i % STAGES
@@ -90,7 +91,8 @@ def attend_rows(
         reach = gl.minimum(DEPTH * reciprocal(sharp), UNIT).to(gl.int32)
         p = gl.maximum(s, (top - reach)[:, None]) * step[:, None] + (top * -step + TOP)[:, None]
         p = p.reshape([ROWS, TILE // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, TILE])
-        p = to_int8(gl.convert_layout(p, p_layout, assert_trivial=True))
+        p = gl.convert_layout(p.to(gl.float32, bitcast=True), p_layout, assert_trivial=True)
+        p = to_fp8(p)
         fade = gl.exp2(unit - here)
         unit = here
         o_fade = gl.convert_layout(fade, o_rows)[:, None]
@@ -103,11 +105,11 @@ def attend_rows(
         new_right = warpgroup_mma(p, v_right.permute((1, 0)), no_o, use_acc=False, is_async=True)
         new_left = warpgroup_mma_wait(2, deps=(new_left,))
         mbarrier.arrive(tokens.index(NEXT), count=1)
-        left = left * o_fade + new_left.to(gl.float32)
+        left = left * o_fade + new_left
         new_right, new_sum = warpgroup_mma_wait(0, deps=(new_right, new_sum))
         mbarrier.arrive(emptied.index(stage), count=1)
-        right = right * o_fade + new_right.to(gl.float32)
-        part, _ = new_sum.to(gl.float32).reshape([ROWS, 4, 2]).split()
+        right = right * o_fade + new_right
+        part, _ = new_sum.reshape([ROWS, 4, 2]).split()
         total = total * gl.convert_layout(fade, gl.SliceLayout(1, total.type.layout))[:, None] + part
     row = gl.arange(0, ROWS, o_rows)
     channel = gl.arange(0, HALF, gl.SliceLayout(0, o_layout))
@@ -153,16 +155,18 @@ def attention_kernel(
     n = num_tiles
     q_tiles = gl.allocate_shared_memory(gl.int8, [TURNS, ROWS, D], Q.layout)
     k_tiles = gl.allocate_shared_memory(gl.int8, [STAGES, TILE, D], K.layout)
-    v_tiles = gl.allocate_shared_memory(gl.int8, [STAGES, D, TILE], V.layout)
+    v_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, D, TILE], V.layout)
 
-    ones_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, TILE], gl.int8)
-    ones = gl.allocate_shared_memory(gl.int8, [2, 8, TILE], ones_shared)
+    ones_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, TILE], gl.float8e4nv)
+    ones = gl.allocate_shared_memory(gl.float8e4nv, [2, 8, TILE], ones_shared)
     flat: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
     place = gl.arange(0, TILE, gl.SliceLayout(0, flat))
     token = (n - 1) * TILE + place // 16 * 16 + ((place & 1) | ((place & 2) << 2) | ((place & 12) >> 1))  # v's order
-    real = (token < num_keys).to(gl.int8)
-    ones.index(0).store(gl.full([8, TILE], 1, gl.int8, flat))
-    ones.index(1).store(real[None, :] + gl.zeros([8, TILE], gl.int8, flat))
+    # 1.0 in fp8, by its bits: ptxas 12.9 miscompiles the conversion of a constant that fills a register
+    one = gl.full([8, TILE], 0x38, gl.int8, flat)
+    real = gl.where((token < num_keys)[None, :], one, gl.zeros([8, TILE], gl.int8, flat))
+    ones.index(0).store(one.to(gl.float8e4nv, bitcast=True))
+    ones.index(1).store(real.to(gl.float8e4nv, bitcast=True))
     fence_async_shared()
 
     q_full, tokens = barriers(1, 1).index(0), barriers(TURNS, 1)
@@ -205,7 +209,7 @@ def launch(q, q_scale, k, k_scale, v, v_scale, num_keys: int, out=None, rows=Non
     with torch.cuda.device_of(q):
         start(
             attention_kernel, (triton.cdiv(S, WARPGROUPS * ROWS), B * H),
-            tiles(q, ROWS, gl.int8), tiles(k, TILE, gl.int8), tiles(v, D, gl.int8), q_scale, k_scale, v_scale,
+            tiles(q, ROWS, gl.int8), tiles(k, TILE, gl.int8), tiles(v, D, gl.float8e4nv), q_scale, k_scale, v_scale,
             out, rows, S, H, num_keys, T,
             TURNS=WARPGROUPS, ROWS=ROWS, TILE=TILE, D=D, STAGES=STAGES, REGISTERS=REGISTERS, num_warps=4,
         )  # fmt: skip

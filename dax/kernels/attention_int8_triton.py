@@ -11,16 +11,13 @@ from dax.kernels.q_quantize import larger
 from dax.kernels.start import start
 
 # p = 2^x by the bits of a float, a straight line within each octave (Schraudolph, 1999): an integer product, and no
-# exponential. LARGEST is p where x = 0; its mantissa is one whose 2^x is off by what it is off on average. The floats
-# are p 2^-24, since fp16's subnormals are integers in that unit.
-LARGEST, OCTAVE = 120, 2.0**23
-TOP = tl.constexpr(torch.tensor(LARGEST * 2.0**-24).view(torch.int32).item())
+# exponential. LARGEST is p where x = 0: the line is there above 2^x by the 4 % that it is above it on average.
+LARGEST, OCTAVE = 224.0, 2.0**23
 SHARPEST = 2.0**-4  # octaves that a step between scores can mean; 8 bits blur scores by hundreds of steps
-LOWEST = 100.0  # octaves below the largest where a float ends; p is 0 long before
-DEEPEST = tl.constexpr(
-    64.0
-)  # how far below the largest, in octaves, a tile can lie and still be summed in its own unit
+LOWEST = 100.0  # octaves below the largest that are told apart; p is 0 long before, and a float's bits end later
+DEEPEST = tl.constexpr(64.0)  # octaves below the largest where a tile is still summed in its own unit
 STEEP, UNIT, DEPTH = tl.constexpr(SHARPEST), tl.constexpr(OCTAVE), tl.constexpr(LOWEST)
+TOP = tl.constexpr(torch.tensor(LARGEST).view(torch.int32).item())
 
 # Compute capability: rows of a program, keys of a step, whether tiles are fetched by descriptor, what Triton is told.
 CONFIG = {
@@ -48,21 +45,21 @@ def attend_tile(
     top = tl.max(s, 1)
     low = top - tl.minimum(DEPTH / sharp, UNIT).to(tl.int32)
     bits = tl.maximum(s, low[:, None]) * step[:, None] + (top * -step + TOP)[:, None]
-    p = bits.to(tl.float32, bitcast=True).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int8)
+    p = bits.to(tl.float32, bitcast=True)
     if TAIL:
-        p = tl.where((i * KEYS + key < num_keys)[None, :], p, 0)
+        p = tl.where((i * KEYS + key < num_keys)[None, :], p, 0.0)
     here = top.to(tl.float32) * scale
     largest = tl.maximum(largest, here)
     here = larger(here, largest - DEEPEST)
     fade = tl.exp2(unit - here)
-    total = total * fade + tl.sum(p.to(tl.int32), 1).to(tl.float32)
+    total = total * fade + tl.sum(p, 1)
     if DESCRIBED:
         v = V.load([v_row + i * KEYS // TILE * D, i * KEYS % TILE])
     else:
         first = tl.multiple_of(i * KEYS // TILE * D * TILE + i * KEYS % TILE, 16)
         v = tl.load(V + first + channel[:, None] * TILE + key[None, :])
-    p = p.reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
-    acc = acc * fade[:, None] + tl.dot(p, tl.trans(v), out_dtype=tl.int32).to(tl.float32)
+    p = p.to(v.dtype).reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
+    acc = acc * fade[:, None] + tl.dot(p, tl.trans(v))  # a fresh sum each step: fp8's accumulator keeps 22 bits
     return largest, here, total, acc
 
 

@@ -176,7 +176,7 @@ def operands(B=1, S=70, N=130, H=2, D=64, **changes):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(B, n, H, D, generator=generator) for n in (S, N, N))
     names = ("q", "q_scale", "k", "k_scale", "v", "v_scale", "num_keys")
-    given = dict(zip(names, attention.arguments_of(q, k, v)))
+    given = dict(zip(names, attention.arguments_of(q, k, v, torch.float8_e4m3fn)))
     return {**given, **{name: change(given[name]) for name, change in changes.items()}}
 
 
