@@ -212,7 +212,7 @@ def test_costs_are_shares_of_exact():
 def test_costs_are_near_the_measured_blocks():
     """The rates are fitted to whole blocks: what comes out stays near what that bench measured."""
     measured = {}
-    for name in ("block.h100.json", "block_products.h100.json"):  # the latter has the products that are delivered
+    for name in ("block.h100.json", "block_attention.h100.json"):  # the latter has the kernels that are delivered
         record = json.loads((claims.ledger().parent / name).read_text())
         measured |= {row["row"]: row["ms_per_layer"] for row in record["rows"]}
     ways = {
