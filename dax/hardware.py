@@ -71,8 +71,8 @@ MACHINES = {
 
 # Share of a data sheet's rate that kernels reach: of the peak of their arithmetic, or of the bandwidth. Measured on
 # Wan2.1 14B at 720p in whole blocks on an H100 (benchmarks/block.h100.json; int8 products and attention as they are
-# now, block_attention.h100.json); FlashAttention 3, SageAttention 2 and DAX's bf16 (benchmarks/attention_bf16.h200.json)
-# alone, on an H200; fp8 products alone, on an H100; cross-attention goes by cudnn's.
+# now, block_attention.h100.json); FlashAttention 3, SageAttention 2 and DAX's bf16 alone, on an H200
+# (benchmarks/attention_bf16.h200.json); fp8 products alone, on an H100; cross-attention goes by cudnn's.
 ATTENTION_REACHES = {"sdpa": 0.6, "cudnn": 0.569, "flash": 0.684, "bf16": 0.679, "sage": 0.412, "int8": 0.546}
 ATTENTION_DTYPE = {"sage": "int8", "int8": "int8"}  # the arithmetic of each kernel; bf16 unless named
 SDPA_REACHES_ON_HOPPER = 0.36  # FlashAttention 2, which uses none of what came after Ampere
