@@ -8,6 +8,7 @@ from dax.attention import Turn, attend, backend_of
 from dax.attention.int8 import LAYOUT, TILE, prepare, stats
 from dax.bench.attention import distance, inputs, reference, sage_emulated
 from dax.errors import DaxError
+from dax.kernels.attention_int8 import probabilities
 from dax.models import wan
 
 
@@ -79,6 +80,24 @@ def test_error_on_the_tiny_wans_own_tensors(monkeypatch):
         ours, sage = errors(q, k, v)
         print(f"layer {i % 4}, step {i // 4}: {ours:.4f}, SageAttention2 {sage:.4f}")
         assert ours <= sage
+
+
+def test_powers_of_two_by_integers():
+    """A straight line within each octave: off by 6 % at most, on average by what the largest is off, and never up."""
+    s, scale = -torch.arange(2000.0), torch.tensor([0.005])
+    p = probabilities(s.clone(), scale)
+    off = p / (224 * torch.exp2(s * scale))
+    assert p[0] == 224 and (p.diff() <= 0).all()
+    assert 1 / 1.041 < off.min() and off.max() < 1.062 / 1.04 and abs(off.mean() - 1) < 2e-3
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 0.05, 1.0, 1e6])
+def test_far_below_the_largest_is_nothing(scale):
+    """No product wraps around: scores lie up to 2^22 apart, and what is 100 octaves below counts nothing in fp8."""
+    s = torch.tensor([0.0, -1.0, -100.0, -2000.0, -(2.0**17), -(2.0**22)])
+    p = probabilities(s.clone(), torch.tensor([scale])).to(torch.float8_e4m3fn).float()
+    assert p[0] == 224 and (p.diff() <= 0).all() and (p >= 0).all()
+    assert (p[s * min(scale, 1 / 16) < -20] == 0).all()
 
 
 def test_values_of_one_give_one():
