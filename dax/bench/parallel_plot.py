@@ -20,7 +20,7 @@ svg { color-scheme: light dark; --ground: #fff; --ink: #16181d; --soft: #5c6370;
 @media (prefers-color-scheme: dark) { svg { --ground: #191c23; --ink: #eceef2; --soft: #9aa2b1; --rule: #2b303a;
   --c0: #6ea0ff; --c1: #ff9a52; --c2: #4fd18b; --c3: #c18bff; --c4: #ff7aa5; } }
 text { font: 12.5px system-ui, "DejaVu Sans", sans-serif; fill: var(--ink); }
-.title { font-weight: 600; font-size: 14px; } .tick, .axis { fill: var(--soft); font-size: 11.5px; }
+.title { font-weight: 600; font-size: 13px; } .tick, .axis { fill: var(--soft); font-size: 11.5px; }
 .ground { fill: var(--ground); } .grid { stroke: var(--rule); } .ideal { stroke: var(--soft); stroke-dasharray: 5 4; }
 .bar { stroke-width: 2.5; } .dot { stroke: var(--ground); stroke-width: 1; }
 """ + "".join(f".dot.c{i} {{ fill: var(--c{i}); }} .bar.c{i} {{ stroke: var(--c{i}); }} " for i in range(COLOURS))
