@@ -19,7 +19,7 @@ from dax.tune.job import Job
 from dax.tune.knobs import even_mask, presets_among
 from dax.tune.measure import Bench
 from dax.tune.run import settle, tune
-from dax.tune.search import Option, begin, climb, refine
+from dax.tune.search import Option, Point, Search, begin, climb, refine
 
 NOISE = {"attention": {"int8": 4e-5}, "linear": {"int8": 2e-4}, "cache": {"50": 3e-4, "40": 1e-3, "25": 8e-3}}
 WORK = {"attention": {"int8": 0.72}, "linear": {"int8": 0.91}, "cache": {"50": 0.5, "40": 0.4, "25": 0.25}}
@@ -162,6 +162,25 @@ def test_a_plan_that_loses_a_held_out_prompt_gives_way_to_the_next_not_to_a_far_
     found, psnr_db, _ = settle(bench, search, Job(28.0, Path("a.yaml"), {}), 1.0, print)
     truth = sorted(world.cost(each) for each in search.points if world.psnr(each) > first.psnr_db)
     assert psnr_db >= 28 and found.options != first.options and found.cost == pytest.approx(truth[0], rel=0.5)
+
+
+@pytest.mark.parametrize("between_holds", [True, False])
+def test_what_a_failure_passed_over_is_tried_with_the_tries_left(between_holds, monkeypatch):
+    """One that fell short by much asks much of the next; a cheaper one between the two is not forgotten."""
+    cheap, between, dear = points = [
+        Point((Option("cache", name, {"cache.policy": name}),), cost, psnr_db=db, p10_db=db)
+        for name, cost, db in (("cheap", 0.2, 28.6), ("between", 0.23, 30.0), ("dear", 0.29, 33.0))
+    ]
+    held_out = {cheap: 24.0, between: 29.0 if between_holds else 27.0, dear: 32.0}
+    search = Search({}, {point.options: point for point in points})
+    climbed = iter((cheap, dear))
+    monkeypatch.setattr("dax.tune.run.climb", lambda *given: next(climbed))
+    measured = {point.options: (held_out[point],) * 2 for point in points}
+    bench = SimpleNamespace(
+        psnr=lambda options, requests: measured[options], combined=lambda each: each, requests=(), held_out=()
+    )
+    found, psnr_db, _ = settle(bench, search, Job(28.0, Path("a.yaml"), {}), 1.0, print)
+    assert (found, psnr_db) == ((between, 29.0) if between_holds else (dear, 32.0))
 
 
 def test_the_front_only_rises():

@@ -107,7 +107,8 @@ def settle(bench: Bench, search: Search, job: Job, exact_s: float, log) -> tuple
     """(the point that also holds on the held-out prompts, its mean PSNR and p10 in dB there).
 
     With a fidelity the cheapest that holds it, within the time if there is one. Where one falls short on the held-out
-    prompts, the next must hold more than it did on the calibration prompts. With a time alone, the truest within it.
+    prompts, the next must hold more than it did on the calibration prompts; tries left then go to what that passed
+    over, the truest of what is cheaper first. With a time alone, the truest within it.
     """
     limit = math.inf if job.max_seconds is None else job.max_seconds / exact_s
     target = job.min_psnr
@@ -117,18 +118,32 @@ def settle(bench: Bench, search: Search, job: Job, exact_s: float, log) -> tuple
     def whole(options):
         return bench.psnr(bench.combined(options), bench.requests)
 
+    fell, best = -math.inf, None  # what fell short held so much on the calibration prompts; what held, and by how much
     for more in range(VERIFIED):
         runs = job.max_runs + more * job.max_runs // 2
-        found = refine(search, limit, whole, runs) if target is None else climb(search, target, whole, runs, limit)
+        if best is not None:
+            found = search.truest(math.nextafter(best[0].cost, 0))
+            if found is None or found.held_db <= max(fell, job.min_psnr):
+                break
+        elif target is None:
+            found = refine(search, limit, whole, runs)
+        else:
+            found = climb(search, target, whole, runs, limit)
         if found is None or found.name == "exact":
             break
         log(f"found {found.name}: {found.psnr_db:.1f} dB at {100 * found.cost:.0f} % of the work; verifying")
         psnr_db, p10_db = bench.psnr(bench.combined(found.options), bench.held_out)
         if target is None or (holds := held(psnr_db, p10_db)) >= job.min_psnr:
-            return found, psnr_db, p10_db
+            best = found, psnr_db, p10_db
+            if fell == -math.inf:
+                break
+            continue
         short = job.min_psnr - holds
         log(f"{psnr_db:.1f} dB (p10 {p10_db:.1f}) on the held-out prompts: {short:.1f} dB short")
+        fell = max(fell, found.held_db)
         target = min(found.held_db + min(short, RAISE_DB), quality.CAP_DB)
+    if best is not None:
+        return best
     raise DaxError("check_failed", f"{job.wanted}: {closest(search, limit, exact_s, whole)}; nothing was written")
 
 
