@@ -16,6 +16,7 @@ LARGEST, OCTAVE = 224.0, 2.0**23
 SHARPEST = 2.0**-4  # octaves that a step between scores can mean; 8 bits blur scores by hundreds of steps
 LOWEST = 100.0  # octaves below the largest that are told apart; p is 0 long before, and a float's bits end later
 DEEPEST = tl.constexpr(64.0)  # octaves below the largest where a tile is still summed in its own unit
+# as kernels, which read only such globals, have them
 STEEP, UNIT, DEPTH = tl.constexpr(SHARPEST), tl.constexpr(OCTAVE), tl.constexpr(LOWEST)
 TOP = tl.constexpr(torch.tensor(LARGEST).view(torch.int32).item())
 
